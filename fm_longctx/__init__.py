@@ -1,0 +1,1 @@
+"""Long-context attention under any interval mask, on one GPU or many."""

@@ -1,0 +1,1 @@
+"""Paddle's form of a mask: `startend_row_indices`."""
