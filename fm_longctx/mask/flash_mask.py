@@ -84,6 +84,13 @@ class FlashMask:
         self.starts, self.ends = canonicalize(starts, ends, causal=causal, num_rows=rows)
         self.causal, self.num_rows, self.cache = causal, rows, {}
 
+    @classmethod
+    def from_canonical(cls, starts: Tensor, ends: Tensor, *, causal: bool, num_rows: int) -> FlashMask:
+        """Wrap intervals that are canonical already (another mask's `starts` and `ends`); nothing is checked."""
+        mask = object.__new__(cls)
+        mask.starts, mask.ends, mask.causal, mask.num_rows, mask.cache = starts, ends, causal, num_rows, {}
+        return mask
+
     # Shape
 
     @property
@@ -179,11 +186,12 @@ class FlashMask:
         """The same mask on another device (itself if it is there already)."""
         if self.device == torch.empty(0, device=device).device:
             return self
-        moved = object.__new__(FlashMask)
-        moved.starts = self.starts.to(device, non_blocking=True)
-        moved.ends = self.ends.to(device, non_blocking=True)
-        moved.causal, moved.num_rows, moved.cache = self.causal, self.num_rows, {}
-        return moved
+        return FlashMask.from_canonical(
+            self.starts.to(device, non_blocking=True),
+            self.ends.to(device, non_blocking=True),
+            causal=self.causal,
+            num_rows=self.num_rows,
+        )
 
     # Measures
 

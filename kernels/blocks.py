@@ -1,0 +1,47 @@
+"""Block shapes of the portable kernels, by architecture, element size and head dimension."""
+
+from typing import NamedTuple
+
+
+class Block(NamedTuple):
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Blocks(NamedTuple):
+    forward: Block
+    query: Block
+    """The dQ kernel."""
+    key: Block
+    """The dK, dV kernel."""
+
+
+# 16-bit inputs. Keys: (architecture, padded head dimension).
+_HALF = {
+    (80, 64): Blocks(Block(128, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    (80, 128): Blocks(Block(128, 64, 8, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
+    (80, 256): Blocks(Block(32, 64, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    (90, 64): Blocks(Block(128, 128, 8, 2), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    (90, 128): Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    (90, 256): Blocks(Block(128, 64, 8, 2), Block(64, 32, 8, 1), Block(32, 64, 8, 1)),
+}
+# float32 products run on the plain arithmetic units; any architecture.
+_FULL = {
+    64: Blocks(Block(64, 32, 4, 2), Block(64, 32, 4, 1), Block(32, 64, 4, 1)),
+    128: Blocks(Block(32, 32, 4, 2), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    256: Blocks(Block(32, 16, 4, 1), Block(16, 16, 4, 1), Block(16, 16, 4, 1)),
+}
+# Small, so that short test sequences have many tiles; the interpreter's cost is by the tile.
+_INTERPRETED = Blocks(Block(32, 32, 1, 1), Block(32, 32, 1, 1), Block(32, 32, 1, 1))
+
+
+def choose(capability: tuple[int, int] | None, element_size: int, head_dim: int) -> Blocks:
+    """Blocks for a compute capability (None: interpreted), bytes an element, and the larger of D and D_v."""
+    if capability is None:
+        return _INTERPRETED
+    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    if element_size == 4:
+        return _FULL[padded]
+    return _HALF[90 if capability >= (9, 0) else 80, padded]

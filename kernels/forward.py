@@ -1,0 +1,102 @@
+"""The portable forward kernel: one program per row-block and query head, online softmax over the block's tile list.
+
+Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's visible tiles only (arXiv 2410.01359).
+"""
+
+import triton
+import triton.language as tl
+
+from fm_longctx.kernels.primitives import load_rows, tile_list, visible
+
+
+@triton.jit
+def forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_starts,
+    p_ends,
+    p_offsets,
+    p_entries,
+    p_order,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    n_q,
+    n_k,
+    heads,
+    mask_batch,
+    mask_heads,
+    scale,
+    KV_SHARE: tl.constexpr,  # query heads a key/value head
+    CAUSAL: tl.constexpr,
+    INTERVALS: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+    block, begin, end = tile_list(p_offsets, p_order, tl.program_id(0), group, tl.num_programs(0))
+    p_starts += group * INTERVALS * n_k
+    p_ends += group * INTERVALS * n_k
+    p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
+    p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
+
+    m0 = block * BLOCK_M
+    o_m = m0 + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_dv = tl.arange(0, BLOCK_DV)[None, :]
+    # [BM, D]
+    b_q = load_rows(p_q + b * stride_qb + h * stride_qh, m0, n_q, stride_qn, o_d, D, BLOCK_M, UPCAST)
+    b_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    for i in range(begin, end):
+        entry = tl.load(p_entries + i)
+        n0 = (entry >> 1) * BLOCK_N
+        # [BN, D]
+        b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
+        # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if entry & 1:
+            o_n = n0 + tl.arange(0, BLOCK_N)
+            see = visible(o_m[:, None], o_n[None, :], p_starts, p_ends, n_q, n_k, CAUSAL, INTERVALS)
+            b_s = tl.where(see, b_s, float("-inf"))
+        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+        # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
+        b_anchor = tl.where(b_new == float("-inf"), 0.0, b_new) * (scale * LOG2E)
+        b_p = tl.exp2(b_s * (scale * LOG2E) - b_anchor[:, None])
+        b_decay = tl.exp2(b_top * (scale * LOG2E) - b_anchor)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        # [BN, DV]
+        b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
+        b_out = b_out * b_decay[:, None]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+        b_top = b_new
+
+    seen = b_sum > 0.0
+    b_out = b_out / tl.where(seen, b_sum, 1.0)[:, None]
+    b_lse = tl.where(seen, b_top * scale + tl.log(tl.where(seen, b_sum, 1.0)), float("-inf"))
+    inside = o_m < n_q
+    tl.store(p_lse + (b * heads + h) * n_q + o_m, b_lse, mask=inside)
+    p_out += b * stride_ob + h * stride_oh
+    p_rows = p_out + o_m[:, None].to(tl.int64) * stride_on + o_dv
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=inside[:, None] & (o_dv < D_V))

@@ -1,0 +1,171 @@
+"""The `triton` backend: launches the portable kernels. NVIDIA sm_80 and later; on a CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
+from fm_longctx.kernels.blocks import Blocks, choose
+from fm_longctx.kernels.forward import forward_kernel
+from fm_longctx.mask import FlashMask
+from fm_longctx.mask.schedule import tile_lists
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
+
+
+def require(q: Tensor, v: Tensor) -> None:
+    """Raise a ValueError if the kernels cannot run on these inputs."""
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f"backend='triton' takes float32, float16 or bfloat16, got {q.dtype}. Use backend='reference'."
+        )
+    d = max(q.shape[-1], v.shape[-1])
+    if d > MAX_HEAD_DIM:
+        raise ValueError(
+            f"backend='triton' takes head dimensions up to {MAX_HEAD_DIM}, got {d}. Use backend='reference'."
+        )
+    if _INTERPRETED:
+        return
+    if q.device.type != "cuda":
+        raise ValueError(
+            f"backend='triton' needs a CUDA device, got {q.device}. On a CPU pass backend=None or 'reference', or set "
+            "TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow: for tests)."
+        )
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        raise ValueError("backend='triton' needs compute capability 8.0 or later. Use backend='reference'.")
+
+
+def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int, bool]]:
+    """(block_m, block_n, by_row) of every tile list that a pass over these inputs reads."""
+    blocks = _blocks(q, v)
+    if not backward:
+        return [(blocks.forward.m, blocks.forward.n, True)]
+    return [(blocks.query.m, blocks.query.n, True), (blocks.key.m, blocks.key.n, False)]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, *, scale: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `fm_longctx.attention.passes.attention_forward`."""
+    (b, n_q, h, _), d_v = q.shape, v.shape[-1]
+    out = torch.empty((b, n_q, h, d_v), dtype=out_dtype, device=q.device)
+    lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    block = _blocks(q, v).forward
+    lists = tile_lists(mask, block.m, block.n, by_row=True)
+    with torch.cuda.device_of(q):
+        forward_kernel[(lists.order.shape[1], h, b)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            mask.starts,
+            mask.ends,
+            *lists,
+            *_strides(q, k, v, out),
+            *_sizes(q, k, mask),
+            scale,
+            **_constants(q, k, v, mask),
+            BLOCK_M=block.m,
+            BLOCK_N=block.n,
+            num_warps=block.warps,
+            num_stages=block.stages,
+        )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fm_longctx.attention.passes.attention_backward`."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout.to(q.dtype)))
+    lse, delta = lse.contiguous(), delta.contiguous()
+    blocks, constants = _blocks(q, v), _constants(q, k, v, mask)
+    inputs, sizes = (q, k, v, dout, lse, delta), (*_sizes(q, k, mask), scale)
+    with torch.cuda.device_of(q):
+        block = blocks.query
+        lists = tile_lists(mask, block.m, block.n, by_row=True)
+        backward_q_kernel[(lists.order.shape[1], q.shape[2], q.shape[0])](
+            *inputs,
+            dq,
+            mask.starts,
+            mask.ends,
+            *lists,
+            *_strides(q, k, v, dout, dq),
+            *sizes,
+            **constants,
+            BLOCK_M=block.m,
+            BLOCK_N=block.n,
+            num_warps=block.warps,
+            num_stages=block.stages,
+        )
+        block = blocks.key
+        lists = tile_lists(mask, block.m, block.n, by_row=False)
+        backward_kv_kernel[(lists.order.shape[1], k.shape[2], k.shape[0])](
+            *inputs,
+            dk,
+            dv,
+            mask.starts,
+            mask.ends,
+            *lists,
+            *_strides(q, k, v, dout, dk, dv),
+            *sizes,
+            **constants,
+            BLOCK_M=block.m,
+            BLOCK_N=block.n,
+            num_warps=block.warps,
+            num_stages=block.stages,
+        )
+    return dq, dk, dv
+
+
+def _blocks(q: Tensor, v: Tensor) -> Blocks:
+    capability = None if _INTERPRETED else torch.cuda.get_device_capability(q.device)
+    return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]))
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last, which must be 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _sizes(q: Tensor, k: Tensor, mask: FlashMask) -> tuple[int, int, int, int, int]:
+    return q.shape[1], k.shape[1], q.shape[2], mask.batch, mask.heads
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask) -> dict[str, int | bool]:
+    d, d_v = q.shape[-1], v.shape[-1]
+    return {
+        "KV_SHARE": q.shape[2] // k.shape[2],
+        "CAUSAL": mask.causal,
+        "INTERVALS": mask.num_intervals,
+        "D": d,
+        "D_V": d_v,
+        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(d_v)),
+        "UPCAST": _INTERPRETED and q.dtype == torch.bfloat16,
+    }
