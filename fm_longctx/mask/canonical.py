@@ -25,10 +25,9 @@ def canonicalize(starts: Tensor, ends: Tensor, *, causal: bool, num_rows: int) -
         starts, ends: int32 `[B, H_mask, K', N_k]`, contiguous. Per column sorted by start, disjoint and not
         touching; unused slots come last and hold `start = end = num_rows`. K' is the most that any column uses.
     """
-    floor = diagonal(num_rows, starts.shape[-1], starts.device) if causal else 0
     starts = starts.clamp(0, num_rows)
     if causal:
-        starts = torch.maximum(starts, floor)
+        starts = torch.maximum(starts, diagonal(num_rows, starts.shape[-1], starts.device))
     ends = ends.clamp(0, num_rows)
 
     empty = starts >= ends
