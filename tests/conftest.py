@@ -1,5 +1,13 @@
 """Fixtures and hooks for the whole suite."""
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, so before anything imports one; worker processes inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tests import distributed
 
 

@@ -42,7 +42,9 @@ def attention_forward(
     N_q and N_k may be 0. Returns out `[B, N_q, H, D_v]` (q's dtype, or `out_dtype`) and lse `[B, H, N_q]`, float32 and
     natural log; a row without a visible column has out 0 and lse -inf.
     """
-    return BACKENDS[backend].forward(q, k, v, mask, scale=scale, out_dtype=out_dtype or q.dtype)
+    # The backends choose the precision of each product themselves.
+    with torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[backend].forward(q, k, v, mask, scale=scale, out_dtype=out_dtype or q.dtype)
 
 
 def attention_delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Tensor:
@@ -73,4 +75,7 @@ def attention_backward(
     lse and delta `[B, H, N_q]` belong to the complete result, of which k, v and mask may be one part. Rows whose lse is
     -inf get gradient 0. Bitwise repeatable: no backend uses atomics.
     """
-    return BACKENDS[backend].backward(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype or q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[backend].backward(
+            dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype or q.dtype
+        )

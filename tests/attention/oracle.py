@@ -1,0 +1,96 @@
+"""Dense attention, written from its definition: the float64 oracle and the budget that low precision is allowed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Result(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out, lse in the inputs' dtype. visible bool `[B or 1, 1 or H_kv or H, N_q, N_k]`."""
+    share = q.shape[2] // k.shape[2]
+    visible = visible.repeat_interleave(q.shape[2] // visible.shape[1], dim=1)
+    k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    # Rows that see nothing: exp(-inf - 0) = 0 in place of NaN.
+    p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0)[..., None])
+    return torch.einsum("bhmn,bnhd->bmhd", p, v), lse
+
+
+def gradients(attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Result:
+    """Run `attend(q, k, v) -> (out, lse)` and its backward for these output gradients."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = attend(q, k, v)
+    loss = (out * dout.to(out.dtype)).sum()
+    if dlse is not None:
+        loss = loss + (lse.masked_fill(lse == float("-inf"), 0) * dlse.to(lse.dtype)).sum()
+    loss.backward()
+    return Result(out.detach(), lse.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in (q, k, v)))
+
+
+def assert_within_budget(result: Result, exact: Result, low: Result) -> None:
+    """max|result - exact| <= 2 max|low - exact| + rounding, for every part. NaN fails.
+
+    The rounding term is one unit of the output's dtype and 16 of the float32 in which every backend accumulates.
+    """
+    for name, got, want, cheap in zip(Result._fields, result, exact, low, strict=True):
+        assert got.shape == want.shape, f"{name}: {list(got.shape)} instead of {list(want.shape)}"
+        unseen = want == float("-inf")
+        assert torch.equal(got == float("-inf"), unseen), f"{name}: rows without a column differ"
+        if want.numel() == 0:
+            continue
+        got, want, cheap = (x.double().masked_fill(unseen, 0) for x in (got, want, cheap))
+        unit = torch.finfo(result.out.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        budget = 2 * (cheap - want).abs().max() + unit * want.abs().max()
+        worst = (got - want).abs().max()
+        assert worst <= budget, f"{name}: error {worst:.3e} beyond {budget:.3e}"
+
+
+def check(attend, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, *, with_lse: bool = True) -> Result:
+    """Compare `attend(q, k, v) -> (out, lse)`, forward and backward, with the float64 oracle."""
+    generator = torch.Generator().manual_seed(7)
+    dout = torch.randn(*q.shape[:3], v.shape[-1], generator=generator).to(q)
+    dlse = torch.randn(q.shape[0], q.shape[2], q.shape[1], generator=generator).to(q) if with_lse else None
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return dense_attention(q, k, v, visible, scale)
+
+    exact = gradients(dense, q.double(), k.double(), v.double(), dout, dlse)
+    low = gradients(dense, q, k, v, dout, dlse)
+    result = gradients(attend, q, k, v, dout, dlse)
+    assert_within_budget(result, exact, low)
+    return result
+
+
+def random_inputs(
+    *,
+    batch: int = 1,
+    rows: int,
+    columns: int | None = None,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    d: int = 32,
+    d_v: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    columns = rows if columns is None else columns
+    kv_heads = heads if kv_heads is None else kv_heads
+    shapes = [(batch, rows, heads, d), (batch, columns, kv_heads, d), (batch, columns, kv_heads, d_v or d)]
+    q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    return q, k, v

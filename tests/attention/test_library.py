@@ -1,0 +1,69 @@
+"""What PyTorch's other parts need of the op: opcheck, compile, checkpointing, autocast."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fm_longctx import flashmask_attention
+from fm_longctx.attention import library, passes
+from fm_longctx.mask import builders
+from fm_longctx.mask.schedule import tile_lists
+from tests.attention.oracle import DEVICE, random_inputs
+
+
+def inputs_and_mask(n=70, **kwargs):
+    q, k, v = random_inputs(rows=n, **kwargs)
+    return q, k, v, builders.causal_document([n // 3, n - n // 3]).to(DEVICE)
+
+
+def test_opcheck(backend):
+    q, k, v, mask = inputs_and_mask()
+    needed = passes.BACKENDS[backend].lists_needed
+    keys = list(dict.fromkeys(needed(q, v, backward=False) + needed(q, v, backward=True)))
+    lists = [x for m, n, by_row in keys for x in tile_lists(mask, m, n, by_row=by_row)]
+    flat = [int(part) for key in keys for part in key]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(library._forward, (q, k, v, mask.starts, mask.ends, lists, flat, mask.causal, 0.2, backend))
+
+
+def test_compiles_as_one_graph(backend):
+    q, k, v, mask = inputs_and_mask()
+
+    def layer(q, k, v):
+        return flashmask_attention(q * 2, k, v, mask, backend=backend) + 1
+
+    expected = torch.autograd.functional.vjp(layer, (q, k, v), torch.ones_like(q))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.functional.vjp(compiled, (q, k, v), torch.ones_like(q))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(backend):
+    q, k, v, mask = inputs_and_mask()
+    grads = []
+    for wrap in (lambda fn, *x: fn(*x), lambda fn, *x: checkpoint(fn, *x, use_reentrant=False)):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        wrap(lambda q, k, v: flashmask_attention(q, k, v, mask, backend=backend), *leaves).square().sum().backward()
+        grads.append([x.grad for x in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_autocast_chooses_the_dtype(backend):
+    q, k, v, mask = inputs_and_mask()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = flashmask_attention(q, k, v.bfloat16(), mask, backend=backend)
+    expected = flashmask_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_tile_lists_are_built_once_and_only_those_needed(backend, needs_grad):
+    q, k, v, mask = inputs_and_mask()
+    q.requires_grad_(needs_grad)
+    flashmask_attention(q, k, v, mask, backend=backend)
+    built = dict(mask.cache)
+    needed = passes.BACKENDS[backend].lists_needed
+    keys = set(needed(q, v, backward=False)) | (set(needed(q, v, backward=True)) if needs_grad else set())
+    assert {key[1:] for key in built} == keys
+    flashmask_attention(q, k, v, mask, backend=backend).sum()
+    assert all(mask.cache[key] is lists for key, lists in built.items())
