@@ -1,0 +1,72 @@
+"""The exchange of one stage: keys and values on their way in, their gradients on their way back.
+
+One uneven all-to-all each, over whatever the stage's counts say: a plan in which everybody needs everything is an
+all-gather, one with a stage for each neighbour is a ring, and the code is the same. NCCL and gloo.
+
+Every rank starts every exchange of every stage, in the same order, even where it has nothing to send or to receive:
+a collective that one rank leaves out is a hang of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fm_longctx.context_parallel.stages import Stage
+
+
+class Pending:
+    """An all-to-all under way. What it sends and receives is held until `wait`."""
+
+    def __init__(
+        self, sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup
+    ) -> None:
+        self.sent: Tensor | None = sent
+        self.received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
+        self.work = dist.all_to_all_single(
+            self.received, sent, list(receive_counts), list(send_counts), group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """`[sum of receive_counts, ...]`, by source rank. On a GPU the current stream waits, not the host."""
+        self.work.wait()
+        self.sent = None
+        return self.received
+
+
+def start_keys(stage: Stage, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Send the rank's own keys and values `[B, T, H_kv, D]` and `[B, T, H_kv, D_v]` to where the stage needs them."""
+    rows = stage.send_rows
+    return Pending(
+        pack(k.index_select(1, rows), v.index_select(1, rows)), stage.send_counts, stage.receive_counts, group
+    )
+
+
+def start_gradients(stage: Stage, dk: Tensor, dv: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Send the gradients of a stage's columns `[B, n, H_kv, D]` and `[B, n, H_kv, D_v]` back to their owners."""
+    return Pending(pack(dk, dv), stage.receive_counts, stage.send_counts, group)
+
+
+def add_gradients_(total: Tensor, stage: Stage, returned: Tensor) -> None:
+    """Add what `start_gradients` brought, packed, to the packed gradients of the rank's own keys, in place.
+
+    One addition per rank, in rank order: several ranks return gradients of the same key, and within one addition the
+    rows are distinct, so the sum has one order and is repeatable bit for bit.
+    """
+    for rows, part in zip(stage.send_rows.split(stage.send_counts), returned.split(stage.send_counts), strict=True):
+        if len(rows):
+            total.index_add_(0, rows, part)
+
+
+def pack(k: Tensor, v: Tensor) -> Tensor:
+    """k `[B, n, H_kv, D]` and v `[B, n, H_kv, D_v]` as one contiguous `[n, B, H_kv, D + D_v]`."""
+    return torch.cat([k, v], dim=-1).transpose(0, 1).contiguous()
+
+
+def unpack(packed: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`, as views; d is k's last dimension."""
+    k, v = packed.transpose(0, 1).tensor_split([d], dim=-1)
+    return k, v
