@@ -87,6 +87,7 @@ def lambda_window(length: int, sinks: int, window: int, *, num_rows: int | None 
     _check_integer("sinks", sinks, at_least=0)
     _check_integer("window", window, at_least=1)
     n_q = length if num_rows is None else num_rows
+    _check_integer("num_rows", n_q, at_least=0)
     column = torch.arange(length)
     # Column j belongs to row j - (N_k - N_q); `window` rows from there on see it.
     start = torch.where(column < sinks, n_q, column - (length - n_q) + window)

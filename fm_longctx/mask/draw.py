@@ -77,7 +77,7 @@ def draw(
         num_rows=mask.num_rows,
     )
     ranks = None if rank_of_row is None else _check_ranks(rank_of_row, mask.num_rows)
-    num_ranks = 0 if ranks is None else int(ranks.max(initial=-1)) + 1
+    num_ranks = 0 if ranks is None else int(ranks.max(initial=0)) + 1
     owners = None if ranks is None else _palette(num_ranks)[_rank_of_block(ranks, block)]
     image = cell_colours(visible_share(one, block), owners)
     if title is None:
@@ -219,14 +219,14 @@ def _block_sizes(length: int, block: int) -> np.ndarray:
 
 def _rank_of_block(ranks: np.ndarray, block: int) -> np.ndarray:
     """The rank with most rows in each row-block, int64 `[row-blocks]`; the lowest of several."""
-    num_blocks, num_ranks = -(-len(ranks) // block), int(ranks.max(initial=-1)) + 1
+    num_blocks, num_ranks = -(-len(ranks) // block), int(ranks.max(initial=0)) + 1
     cell = np.arange(len(ranks)) // block * num_ranks + ranks
     return np.bincount(cell, minlength=num_blocks * num_ranks).reshape(num_blocks, num_ranks).argmax(axis=1)
 
 
 def _check_ranks(rank_of_row: Sequence[int] | Tensor, num_rows: int) -> np.ndarray:
     ranks = torch.as_tensor(rank_of_row)
-    if ranks.shape != (num_rows,) or ranks.is_floating_point() or (num_rows and int(ranks.min()) < 0):
+    if ranks.shape != (num_rows,) or (num_rows and (ranks.is_floating_point() or int(ranks.min()) < 0)):
         raise ValueError(
             f"rank_of_row must give each of the {num_rows} rows a rank >= 0, got {ranks.dtype} {list(ranks.shape)}"
             + (f" with minimum {ranks.min().item()}." if ranks.numel() else ".")
