@@ -1,0 +1,148 @@
+"""This rank's batches, made ahead of the step: tokens, labels, positions, mask and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_longctx.context_parallel.plan import ShardPlan
+from fm_longctx.context_parallel.stages import RankPlan
+from fm_longctx.data.packing import IGNORED, PackedStream
+from fm_longctx.mask import FlashMask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One micro-batch as one rank sees it. T is this rank's share of the N tokens of each of the B sequences."""
+
+    tokens: Tensor
+    """int64 `[B, T]`."""
+    labels: Tensor
+    """int64 `[B, T]`, shifted already; `IGNORED` where nothing is predicted."""
+    positions: Tensor
+    """int64 `[B, T]`, restarting with each document."""
+    mask: FlashMask
+    """The mask of the whole sequences, `[B, 1, K, N]`."""
+    plan: ShardPlan
+    """Which context rank holds which rows."""
+    local: RankPlan
+    """This rank's part of the plan: what it exchanges, and its local masks."""
+    num_labels: int
+    """Labels that are not ignored, in the B whole sequences."""
+    num_tokens: int
+    """B x N."""
+    visible_area: int
+    """Unmasked scores of the B sequences, of one head."""
+    sequences: tuple[int, ...]
+    """Index of each sequence in the stream."""
+
+    @property
+    def num_scores(self) -> int:
+        """B x N x N: what `visible_area` is a share of."""
+        return len(self.sequences) * self.mask.num_rows * self.mask.num_columns
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors and mask on a device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            mask=self.mask.to(device),
+        )
+
+
+class Loader(Iterator[Batch]):
+    """Endless, resumable batches for one rank. The next batch is made by a thread while the current one trains.
+
+    Micro-batch m of the run takes the next dp_size x B sequences of the stream: data rank d takes B of them from
+    d x B on, and the context ranks of one data rank share them, each with its own rows. The whole state is the index of
+    the next sequence, so a run resumes at the exact sample on any number of ranks.
+
+    Args:
+        stream: where sequences come from.
+        batch_size: B, sequences of one data rank in a micro-batch.
+        dp_rank, dp_size: which data rank this is, of how many.
+        cp_rank, cp_size: which context rank this is, of how many.
+        chunk_size: tokens in the plan's unit of sharding; None lets the plan choose.
+    """
+
+    def __init__(
+        self,
+        stream: PackedStream,
+        *,
+        batch_size: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        cp_rank: int = 0,
+        cp_size: int = 1,
+        chunk_size: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        for name, rank, size in (("dp", dp_rank, dp_size), ("cp", cp_rank, cp_size)):
+            if not 0 <= rank < size:
+                raise ValueError(f"{name}_rank must be in [0, {name}_size), got {rank} of {size}.")
+        self.stream, self.batch_size, self.chunk_size = stream, batch_size, chunk_size
+        self.dp_rank, self.dp_size, self.cp_rank, self.cp_size = dp_rank, dp_size, cp_rank, cp_size
+        self._next = 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fm_longctx-loader")
+        self._ahead: tuple[int, Future[Batch]] | None = None
+
+    def __next__(self) -> Batch:
+        at, ahead = self._ahead or (self._next, self._worker.submit(self.make, self._next))
+        self._ahead = None
+        batch = ahead.result()
+        self._next = at + self.dp_size * self.batch_size
+        self._ahead = (self._next, self._worker.submit(self.make, self._next))
+        return batch
+
+    def make(self, first: int) -> Batch:
+        """The micro-batch whose first sequence, over all data ranks, is `first`. CPU work without side effects."""
+        start = first + self.dp_rank * self.batch_size
+        sequences = tuple(range(start, start + self.batch_size))
+        packed = [self.stream.sequence(i) for i in sequences]
+        labels = torch.stack([p.labels for p in packed])
+        positions = torch.stack([p.positions for p in packed])
+        mask = FlashMask.from_position_ids(positions)
+        plan = ShardPlan.build(mask, self.cp_size, chunk_size=self.chunk_size)
+        plan.received_fraction  # noqa: B018  (computed and kept here, ahead of the step that reports it)
+        return Batch(
+            tokens=plan.shard(torch.stack([p.tokens for p in packed]), self.cp_rank, 1),
+            labels=plan.shard(labels, self.cp_rank, 1),
+            positions=plan.shard(positions, self.cp_rank, 1),
+            mask=mask,
+            plan=plan,
+            local=plan.local(self.cp_rank),
+            num_labels=int((labels != IGNORED).sum()),
+            num_tokens=labels.numel(),
+            visible_area=int(mask.area().sum()),
+            sequences=sequences,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch that was handed out, whatever was prefetched; the same on every rank."""
+        return {"next_sequence": self._next, "data": self.stream.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            ValueError: the state belongs to other documents, another sequence length or another seed.
+        """
+        if state["data"] != self.stream.fingerprint():
+            raise ValueError(
+                "the saved data position belongs to other data: the documents, data.sequence_length and data.seed must "
+                "be those of the run that saved it."
+            )
+        self._ahead = None
+        self._next = int(state["next_sequence"])
+
+    def close(self) -> None:
+        """Stop the thread; a batch being made is dropped."""
+        self._worker.shutdown(wait=True, cancel_futures=True)

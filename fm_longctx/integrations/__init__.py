@@ -1,0 +1,1 @@
+"""Plugs for other libraries; each module imports its library lazily."""

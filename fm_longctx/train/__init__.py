@@ -1,0 +1,1 @@
+"""Training: config, model, loss, engine, loop, checkpoints, metrics."""

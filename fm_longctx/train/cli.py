@@ -1,0 +1,109 @@
+"""The command line of the launcher, and how a job of many ranks ends with one message."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fm_longctx.train import config_load
+from fm_longctx.train.config import Config
+from fm_longctx.train.ranks import ranks_started, this_rank
+
+# What is wrong on one rank is mostly wrong on all. The others hold their message back this long: by then torchrun has
+# ended them because rank 0 is gone, and only rank 0 was heard. If rank 0 waits for them, they speak after all.
+_PATIENCE_SECONDS = 3.0
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def main(arguments: Sequence[str], *, usage: str | None) -> int:
+    """Run the launcher; the exit code: 0, 1 if the run failed, 2 if the input was refused."""
+    rank = this_rank()
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        if rank == 0:
+            print(f"{usage}\n{config_load.help_text()}")
+        return 0 if arguments else 2
+    try:
+        path, dry_run, overrides = _split(arguments)
+        config = config_load.load(path, overrides)
+        if dry_run:
+            if rank == 0:
+                from fm_longctx.train.dry_run import describe
+
+                print(describe(config))
+            return 0
+        from fm_longctx.train.loop import prepare
+
+        resume = prepare(config, ranks_started())
+    except ValueError as error:
+        return _refuse(error, rank)
+    return _run(config, resume, rank)
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, bool, list[str]]:
+    """`--config PATH` and `--dry-run` taken out of the arguments; the rest are overrides."""
+    path, dry_run, rest = None, False, list(arguments)
+    overrides: list[str] = []
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--dry-run":
+            dry_run = True
+        elif argument == "--config" and rest:
+            path = rest.pop(0)
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+        else:
+            overrides.append(argument)
+    if path is None:
+        raise ValueError("give the config: --config configs/demo_cpu.yaml.")
+    return path, dry_run, overrides
+
+
+def _refuse(error: ValueError, rank: int) -> int:
+    """The input is wrong, on every rank alike, and no process group exists: rank 0 says so."""
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_PATIENCE_SECONDS)
+    return 2
+
+
+def _run(config: Config, resume: object, rank: int) -> int:
+    from fm_longctx.train.loop import Resume, TrainingError, run
+
+    assert resume is None or isinstance(resume, Resume)
+    try:
+        run(config, resume)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        message = traceback.format_exc()
+        if isinstance(error, TrainingError) or (isinstance(error, ValueError) and _is_ours(error)):
+            message = f"error: {error}"
+        if rank != 0 or _comes_from_another_rank(error):
+            time.sleep(_PATIENCE_SECONDS)
+            message = f"rank {rank}: {message}"
+        print(message, file=sys.stderr, flush=True)
+        return 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Raised by this package, hence with a message for the user; from anywhere else the traceback matters."""
+    trace = traceback.extract_tb(error.__traceback__)
+    return bool(trace) and _PACKAGE in Path(trace[-1].filename).parents
+
+
+def _comes_from_another_rank(error: BaseException) -> bool:
+    """A collective that failed because another rank is gone: that rank has the message that matters."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(w in text for w in ("connection closed", "connection reset", "gloo"))
