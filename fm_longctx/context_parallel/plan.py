@@ -12,10 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fm_longctx.context_parallel.assign import assign
+from fm_longctx.context_parallel.assign import Assignment, assign
 from fm_longctx.context_parallel.coverage import Ints, chunk_tables, seen_columns, segments
 from fm_longctx.context_parallel.stages import RankPlan, Stage
 from fm_longctx.mask.flash_mask import FlashMask
+
+# While the imbalance is above this, chunks of half the size are tried, up to this number.
+_GOOD_IMBALANCE = 1.05
+_MOST_CHUNKS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +37,7 @@ class ShardPlan:
     >>> from fm_longctx.mask import causal
     >>> plan = ShardPlan.build(causal(8), world_size=2, chunk_size=1)
     >>> plan.rows(0).tolist(), plan.rows(1).tolist()
-    ([0, 3, 4, 7], [1, 2, 5, 6])
+    ([0, 1, 6, 7], [2, 3, 4, 5])
     >>> round(plan.imbalance, 2)
     1.0
     """
@@ -83,21 +87,19 @@ class ShardPlan:
         _check_numbers(world_size, chunk_size, stages)
         masks = tuple(m.to("cpu") for m in masks)
         n = masks[0].num_rows
-        bounds, odd = chunk_grid(n, world_size, chunk_size or _chunk_size(n, world_size))
-        sizes = np.diff(bounds)
-        area = np.zeros(len(sizes), dtype=np.int64)
-        visible = np.zeros((len(sizes), len(sizes)), dtype=np.int64)
-        for m in masks:
-            mask_area, mask_visible = chunk_tables(segments(m, bounds), bounds)
-            area += mask_area.sum(1)
-            visible = np.maximum(visible, mask_visible)
-        owners = assign(area, visible, odd, world_size)
-        areas = np.bincount(owners, area, world_size).astype(np.int64)
+        bounds, areas, best = _layout(masks, world_size, chunk_size or _chunk_size(n, world_size))
+        if chunk_size is None:
+            # A mask with a few heavy rows asks for smaller chunks.
+            size = _chunk_size(n, world_size) // 2
+            while best.imbalance > _GOOD_IMBALANCE and n <= size * _MOST_CHUNKS:
+                size, other = size // 2, _layout(masks, world_size, size)
+                if other[-1].cost < best.cost:
+                    bounds, areas, best = other
         return cls(
             world_size=world_size,
             num_stages=stages,
             bounds=torch.from_numpy(bounds),
-            owners=torch.from_numpy(owners),
+            owners=torch.from_numpy(best.owners),
             areas=tuple(areas.tolist()),
             masks=masks,
         )
@@ -273,9 +275,24 @@ def chunk_grid(n: int, world_size: int, chunk_size: int) -> tuple[Ints, npt.NDAr
     return bounds, is_odd[flat > 0]
 
 
+def _layout(masks: Sequence[FlashMask], world_size: int, chunk_size: int) -> tuple[Ints, Ints, Assignment]:
+    """Chunk bounds, each rank's area, and each chunk's owner, balanced over the masks' sum."""
+    bounds, odd = chunk_grid(masks[0].num_rows, world_size, chunk_size)
+    chunks = len(bounds) - 1
+    area = np.zeros(chunks, dtype=np.int64)
+    visible = np.zeros((chunks, chunks), dtype=np.int64)
+    for mask in masks:
+        mask_area, mask_visible = chunk_tables(segments(mask, bounds), bounds)
+        area += mask_area.sum(1)
+        visible = np.maximum(visible, mask_visible)
+    assignment = assign(area, visible, odd, world_size)
+    return bounds, np.bincount(assignment.owners, area, world_size).astype(np.int64), assignment
+
+
 def _chunk_size(n: int, world_size: int) -> int:
-    """A sixteenth of a rank's positions, in whole tiles of 128."""
-    return max(128, round(n / world_size / 16 / 128) * 128)
+    """At least 8 chunks a rank and 64 in all; in whole tiles of 128 where they are that large."""
+    size = n // max(8 * world_size, 64)
+    return size // 128 * 128 if size >= 128 else max(1, size)
 
 
 def _check_masks(masks: Sequence[FlashMask]) -> None:
