@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 import traceback
@@ -67,7 +69,7 @@ def _split(arguments: Sequence[str]) -> tuple[str, bool, list[str]]:
 def _refuse(error: ValueError, rank: int) -> int:
     """The input is wrong, on every rank alike, and no process group exists: rank 0 says so."""
     if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
     else:
         time.sleep(_PATIENCE_SECONDS)
     return 2
@@ -88,11 +90,20 @@ def _run(config: Config, resume: object, rank: int) -> int:
         if rank != 0 or _comes_from_another_rank(error):
             time.sleep(_PATIENCE_SECONDS)
             message = f"rank {rank}: {message}"
-        print(message, file=sys.stderr, flush=True)
+        _say(message)
         return 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+def _say(message: str) -> None:
+    """Print it, and leave it where torchrun's closing summary shows the cause of a failure."""
+    print(message, file=sys.stderr, flush=True)
+    summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if summary is not None:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+        Path(summary).write_text(json.dumps(content))
 
 
 def _is_ours(error: BaseException) -> bool:
