@@ -235,9 +235,9 @@ def causal_blockwise(lengths: Sequence[int]) -> FlashMask:
         lengths: tokens of each block; the last is the test block.
     """
     lengths = _check_lengths("lengths", lengths)
-    start, end = _bounds(lengths)
-    last = sum(lengths[:-1])
-    return _mask(sum(lengths), [(end, torch.where(start < last, last, end))], causal=True)
+    _, end = _bounds(lengths)
+    # The test block's own columns get [N, its start): nothing.
+    return _mask(sum(lengths), [(end, sum(lengths[:-1]))], causal=True)
 
 
 def prefix_lm_document(lengths: Sequence[int], prefixes: Sequence[int]) -> FlashMask:

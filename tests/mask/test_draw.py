@@ -40,6 +40,28 @@ def test_states_have_their_own_colours(monkeypatch, tmp_path):
             assert tuple(cells[r, c]) == expected, (r, c)
 
 
+def test_one_visible_score_makes_a_tile_partial_and_one_masked_too(monkeypatch, tmp_path):
+    lone = torch.zeros(16, 16, dtype=torch.bool)
+    lone[3, 9] = True
+    for visible, rest in ((lone, SKIPPED), (~lone, FULL)):
+        cells = drawn_cells(monkeypatch, FlashMask.from_dense(visible), tmp_path, block=8)
+        assert tuple(cells[0, 1]) == PARTIAL
+        assert tuple(cells[0, 0]) == tuple(cells[1, 0]) == tuple(cells[1, 1]) == rest
+
+
+def test_the_strip_shows_owners_of_rows_that_see_nothing(tmp_path):
+    path = tmp_path / "mask.png"
+    blind = FlashMask.from_dense(torch.zeros(8, 8, dtype=torch.bool))
+    blind.draw(path, rank_of_row=[0, 0, 0, 0, 1, 1, 1, 1])
+    picture = imread(path)
+    colours = draw._palette(2)
+    near = [np.abs(picture[..., :3] - colour).max(-1) < 0.02 for colour in colours]
+    strip = (near[0].sum(0) > 100) & (near[1].sum(0) > 100)
+    assert strip.any()
+    upper, lower = (rank[:, strip].nonzero()[0].mean() for rank in near)
+    assert upper < lower
+
+
 def test_small_masks_draw_every_score(monkeypatch, tmp_path):
     mask = sliding_window(7, 3)
     cells = drawn_cells(monkeypatch, mask, tmp_path)
