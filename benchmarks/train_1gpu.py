@@ -148,8 +148,8 @@ def _markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name.replace('_', ' ')} | {f'{value:,.3f}' if isinstance(value, float) else value} |")
     lines += [
         "",
-        f"Medians leave out the first {WARMUP} steps. TFLOP/s and MFU count three forwards over the mask's real area and "
-        "no recomputation.",
+        f"Medians leave out the first {WARMUP} steps. TFLOP/s and MFU count three forwards, over the real area and "
+        "without recomputation.",
         "",
         "| step | loss | tokens/s | visible | grad norm |",
         "|---|---|---|---|---|",

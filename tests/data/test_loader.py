@@ -1,0 +1,111 @@
+"""The loader: who reads what, what a mask and a plan ride along with, and resuming at the exact sample."""
+
+import pytest
+import torch
+
+from fm_longctx.data import IGNORED, ByteTokenizer, Loader, PackedStream, TextFiles
+
+
+@pytest.fixture
+def stream(tmp_path):
+    for i, size in enumerate([5, 40, 7, 300, 3, 128, 64]):
+        (tmp_path / f"{i}.txt").write_bytes(bytes((i * 31 + j) % 256 for j in range(size)))
+    return PackedStream(TextFiles.from_path(tmp_path), ByteTokenizer(), sequence_length=111, seed=3)
+
+
+@pytest.fixture
+def make(stream):
+    made = []
+
+    def loader(**options):
+        made.append(Loader(stream, **options))
+        return made[-1]
+
+    yield loader
+    for each in made:
+        each.close()
+
+
+def take(loader, n):
+    return [next(loader) for _ in range(n)]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+def test_data_ranks_read_all_sequences_once(make, dp_size):
+    ranks = [make(batch_size=2, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+    read = [i for _ in range(3) for r in ranks for i in next(r).sequences]
+    assert read == list(range(6 * dp_size))
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_context_ranks_share_a_sequence(make, stream, cp_size):
+    batches = [next(make(batch_size=2, cp_rank=r, cp_size=cp_size, chunk_size=16)) for r in range(cp_size)]
+    whole = [stream.sequence(i) for i in range(2)]
+    plan = batches[0].plan
+    for name in ("tokens", "labels", "positions"):
+        assert torch.equal(
+            plan.unshard([getattr(b, name) for b in batches], 1), torch.stack([getattr(p, name) for p in whole])
+        )
+    assert {b.plan.fingerprint() for b in batches} == {plan.fingerprint()}
+    assert sum(int((b.labels != IGNORED).sum()) for b in batches) == batches[0].num_labels
+    assert [b.local.rank for b in batches] == list(range(cp_size))
+
+
+def test_mask_is_causal_within_documents(make, stream):
+    batch = next(make(batch_size=2))
+    for i, dense in enumerate(batch.mask.to_dense()[:, 0]):
+        document = [d for d, n in enumerate(stream.sequence(i).lengths) for _ in range(n)]
+        words = [[r >= c and document[r] == document[c] for c in range(111)] for r in range(111)]
+        assert dense.tolist() == words
+    assert batch.visible_area == int(batch.mask.to_dense().sum())
+    assert batch.num_scores == 2 * 111 * 111
+    assert batch.num_tokens == 222
+
+
+def test_resume_is_exact_whatever_was_prefetched(make):
+    straight = take(make(), 7)
+    first = make()
+    take(first, 3)
+    resumed = make()
+    resumed.load_state_dict(first.state_dict())
+    for a, b in zip(straight[3:], take(resumed, 4), strict=True):
+        assert a.sequences == b.sequences
+        assert torch.equal(a.tokens, b.tokens)
+    # A loader that is under way drops what it has prefetched.
+    first.load_state_dict({**first.state_dict(), "next_sequence": 0})
+    assert torch.equal(next(first).tokens, straight[0].tokens)
+
+
+def test_resume_on_other_numbers_of_ranks(make):
+    """The same sequences in the same order, whether cp or dp changed."""
+    old = [make(dp_rank=r, dp_size=2) for r in range(2)]
+    for loader in old:
+        take(loader, 2)
+    assert old[0].state_dict() == old[1].state_dict()
+    for dp_size, cp_size in [(2, 2), (1, 3), (4, 1)]:
+        ranks = [make(dp_rank=r, dp_size=dp_size, cp_size=cp_size) for r in range(dp_size)]
+        for loader in ranks:
+            loader.load_state_dict(old[0].state_dict())
+        assert [i for r in ranks for i in next(r).sequences] == list(range(4, 4 + dp_size))
+
+
+def test_state_of_other_data_is_refused(make, stream):
+    state = make().state_dict()
+    other = Loader(PackedStream(stream.source, stream.tokenizer, sequence_length=112, seed=3))
+    with pytest.raises(ValueError, match="belongs to other data"):
+        other.load_state_dict(state)
+    other.close()
+
+
+def test_an_error_in_the_thread_reaches_the_step(make, stream):
+    loader = make()
+    (stream.source.root / stream.source.names[0]).unlink()
+    with pytest.raises(ValueError, match="cannot read document"):
+        take(loader, 20)
+
+
+def test_ranks_out_of_range(stream):
+    with pytest.raises(ValueError, match="cp_rank must be in"):
+        Loader(stream, cp_rank=2, cp_size=2)
+    with pytest.raises(ValueError, match="batch_size"):
+        Loader(stream, batch_size=0)
