@@ -1,0 +1,240 @@
+"""Context-parallel attention on gloo ranks against dense float64 attention in one process: outputs and gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.cases import cases
+from fm_longctx import ContextParallel, FlashMask, ShardPlan, context_parallel_attention
+from fm_longctx.mask import builders
+from tests.attention.oracle import Result, assert_within_budget, dense_attention, gradients, random_inputs
+from tests.distributed import run_ranks
+
+CASES = [case.name for case in cases(64)]
+LENGTH = 101  # divisible by nothing
+
+
+def visible_by_rule(case, n):
+    index = torch.arange(n)
+    return case.visible(index[:, None], index[None, :])[None, None]
+
+
+def run_attention(masks, inputs, *, recompute=False, in_worker=False, **options):
+    """On one rank: its rows, and for each mask out, dq, dk, dv of its part of the inputs (q, k, v, dout)."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    results = []
+    for mask in masks:
+        plan = ShardPlan.build(mask, dist.get_world_size(), **options)
+        context = ContextParallel(group, plan.local(rank)) if in_worker else ContextParallel(group, plan, mask)
+        q, k, v, dout = (plan.shard(x, rank, 1) for x in inputs)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+        def attend(q, k, v, context=context):
+            return context_parallel_attention(q, k, v, context)
+
+        out = checkpoint(attend, q, k, v, use_reentrant=False) if recompute else attend(q, k, v)
+        out.backward(dout)
+        results.append((plan.rows(rank), out.detach(), q.grad, k.grad, v.grad))
+    return results
+
+
+def assembled(by_rank):
+    """Global out, dq, dk, dv of each mask; a row that no rank returned is NaN."""
+    results = []
+    for shards in zip(*by_rank, strict=True):
+        n = sum(len(rows) for rows, *_ in shards)
+        whole = []
+        for part in range(1, 5):
+            shape = list(shards[0][part].shape)
+            shape[1] = n
+            x = torch.full(shape, torch.nan, dtype=shards[0][part].dtype)
+            for shard in shards:
+                x[:, shard[0]] = shard[part]
+            whole.append(x)
+        results.append(Result(whole[0], torch.zeros(0), *whole[1:]))
+    return results
+
+
+def expected(inputs, visible):
+    q, k, v, dout = (x.double() for x in inputs)
+    result = gradients(lambda *x: dense_attention(*x, visible, 1 / math.sqrt(q.shape[-1])), q, k, v, dout)
+    return result._replace(lse=torch.zeros(0))
+
+
+def make_inputs(n=LENGTH, dtype=torch.float64, **shape):
+    q, k, v = (x.cpu() for x in random_inputs(rows=n, dtype=dtype, **shape))
+    dout = torch.randn(*q.shape[:3], v.shape[3], generator=torch.Generator().manual_seed(9)).to(dtype)
+    return q, k, v, dout
+
+
+def assert_equal_to_dense(result, inputs, visible):
+    """float64 in, float64 throughout: nothing but the order of additions differs."""
+    for name, got, want in zip(Result._fields, result, expected(inputs, visible), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_mask_case(world_size):
+    chosen = cases(LENGTH, seed=4)
+    inputs = make_inputs(heads=4, kv_heads=2, d=8)
+    results = assembled(run_ranks(world_size, run_attention, [case.mask for case in chosen], inputs, chunk_size=4))
+    for case, result in zip(chosen, results, strict=True):
+        assert_equal_to_dense(result, inputs, visible_by_rule(case, LENGTH))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_mask_for_each_sample_and_head(world_size):
+    generator = torch.Generator().manual_seed(world_size)
+    inputs = make_inputs(batch=2, heads=4, kv_heads=2, d=8, d_v=6)
+    masks, visibles = [], []
+    for heads in (1, 2, 4):
+        visible = torch.rand(2, heads, LENGTH, LENGTH, generator=generator) < 0.3
+        visible[0, :, 40:60] = False  # rows that see nothing in one sample
+        visible[1, 0, :, 70:] = False
+        visible[:, :, 90] = False  # and one that sees nothing in any
+        visibles.append(visible)
+        masks.append(FlashMask.from_dense(visible, max_intervals=LENGTH))
+    documents = FlashMask.from_position_ids(torch.stack([torch.arange(LENGTH) % 40, torch.arange(LENGTH) % 17]))
+    visibles.append(documents.to_dense())
+    masks.append(documents)
+    results = assembled(run_ranks(world_size, run_attention, masks, inputs))
+    for visible, result in zip(visibles, results, strict=True):
+        assert_equal_to_dense(result, inputs, visible)
+    assert all((result.out[:, 90] == 0).all() and (result.dq[:, 90] == 0).all() for result in results[:3])
+
+
+def test_a_mask_that_hides_everything():
+    inputs = make_inputs(heads=1, d=8)
+    mask = FlashMask.from_dense(torch.zeros(LENGTH, LENGTH, dtype=torch.bool))
+    (result,) = assembled(run_ranks(3, run_attention, [mask], inputs))
+    assert all((x == 0).all() for x in result)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 63])
+def test_fewer_tokens_than_ranks_and_odd_lengths(n):
+    inputs = make_inputs(n=n, heads=2, d=8)
+    masks = [builders.causal(n), builders.full(n)]
+    results = assembled(run_ranks(4, run_attention, masks, inputs))
+    for mask, result in zip(masks, results, strict=True):
+        assert_equal_to_dense(result, inputs, mask.to_dense())
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_more_stages_give_the_same(num_stages):
+    inputs = make_inputs(heads=2, kv_heads=1, d=8)
+    masks = [builders.document([50, 51]), builders.sliding_window(LENGTH, 20)]
+    results = assembled(run_ranks(4, run_attention, masks, inputs, chunk_size=3, num_stages=num_stages))
+    for mask, result in zip(masks, results, strict=True):
+        assert_equal_to_dense(result, inputs, mask.to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_no_worse_than_dense(dtype):
+    inputs = make_inputs(heads=4, kv_heads=2, d=16, dtype=dtype)
+    mask = builders.causal_document([37, 64])
+    q, k, v, dout = inputs
+    low = gradients(lambda *x: dense_attention(*x, mask.to_dense(), 1 / 4), q, k, v, dout)
+    (result,) = assembled(run_ranks(3, run_attention, [mask], inputs, chunk_size=4))
+    assert all(x.dtype == dtype for x in (result.out, result.dq, result.dk, result.dv))
+    assert_within_budget(result, expected(inputs, mask.to_dense()), low._replace(lse=torch.zeros(0)))
+
+
+def test_recomputation_and_repetition_change_no_bit():
+    """Non-reentrant checkpointing attends twice on every rank; parts made in a loader's worker are the same parts."""
+    inputs = make_inputs(heads=4, kv_heads=2, d=8, dtype=torch.float32)
+    mask = builders.document([50, 51])
+    (once,) = assembled(run_ranks(3, run_attention, [mask], inputs, num_stages=3))
+    for options in ({}, {"recompute": True}, {"in_worker": True}):
+        (again,) = assembled(run_ranks(3, run_attention, [mask], inputs, num_stages=3, **options))
+        assert all(a.equal(b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_equals_separate(causal):
+    """Over two ranks each document gets what it gets alone in one process."""
+    lengths = [37, 11, 53]
+    inputs = make_inputs(heads=2, kv_heads=1, d=8)
+    mask = FlashMask.from_lengths(lengths, causal=causal)
+    (packed,) = assembled(run_ranks(2, run_attention, [mask], inputs, chunk_size=5))
+    parts = [
+        expected(
+            [x[:, at : at + n] for x in inputs],
+            torch.ones(1, 1, n, n).tril().bool() if causal else torch.ones(1, 1, n, n).bool(),
+        )
+        for at, n in ((0, 37), (37, 11), (48, 53))
+    ]
+    for i in (0, 2, 3, 4):
+        torch.testing.assert_close(packed[i], torch.cat([part[i] for part in parts], dim=1), rtol=1e-11, atol=1e-11)
+
+
+def count_keys(mask):
+    """Keys that this rank receives and gradients that it sends, by watching the collectives."""
+    counts = []
+    exchange = dist.all_to_all_single
+
+    def watched(output, input, *args, **kwargs):
+        counts.append((output.shape[0], input.shape[0]))
+        return exchange(output, input, *args, **kwargs)
+
+    dist.all_to_all_single = watched
+    try:
+        run_attention([mask], make_inputs(heads=1, d=8))
+    finally:
+        dist.all_to_all_single = exchange
+    return counts
+
+
+def test_only_keys_that_are_seen_travel():
+    mask = builders.sliding_window(LENGTH, 5)
+    plan = ShardPlan.build(mask, 3)
+    (forward, backward), *others = run_ranks(3, count_keys, mask)
+    received = [forward[0], *(counts[0][0] for counts in others)]
+    seen = [set(mask.to_dense()[0, 0, plan.rows(r)].any(0).nonzero().flatten().tolist()) for r in range(3)]
+    assert received == [len(seen[r] - set(plan.rows(r).tolist())) for r in range(3)]
+    assert backward == forward[::-1]
+    assert 0 < sum(received) < LENGTH / 5
+
+
+def only_some_gradients():
+    group, mask = dist.group.WORLD, builders.causal(20)
+    plan = ShardPlan.build(mask, 2)
+    q, k, v = (torch.randn(1, 10, 2, 8, requires_grad=i == 1) for i in range(3))
+    context_parallel_attention(q, k, v, ContextParallel(group, plan, mask)).sum().backward()
+    return q.grad is None and v.grad is None and bool(k.grad.isfinite().all())
+
+
+def test_gradients_of_keys_alone():
+    assert run_ranks(2, only_some_gradients) == [True, True]
+
+
+def under_autocast():
+    group, mask = dist.group.WORLD, builders.causal(20)
+    context = ContextParallel(group, ShardPlan.build(mask, 2), mask)
+    q = torch.randn(1, 10, 2, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = context_parallel_attention(q, q, q, context)
+    out.sum().backward()
+    return out.dtype, q.grad.dtype
+
+
+def test_autocast():
+    assert run_ranks(2, under_autocast) == [(torch.bfloat16, torch.float32)] * 2
+
+
+def compiled():
+    group, mask = dist.group.WORLD, builders.causal(20)
+    plan = ShardPlan.build(mask, 2)
+    context = ContextParallel(group, plan, mask)
+    q = torch.randn(1, 10, 2, 8)
+
+    def layer(q, context):
+        return context_parallel_attention(q * 2, q, q, context) + 1
+
+    return bool(torch.compile(layer, backend="eager")(q, context).equal(layer(q, context)))
+
+
+def test_a_compiled_layer_breaks_only_at_the_op():
+    assert run_ranks(2, compiled, timeout=120) == [True, True]

@@ -1,0 +1,127 @@
+"""ContextParallel: what fits together, and loud failure on every rank where it does not."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention
+from fm_longctx.mask import builders
+from tests.distributed import run_ranks
+
+
+def failure_of(make):
+    """The ValueError's message on this rank, or None. A later collective shows that the group is still usable."""
+    message = None
+    try:
+        make()
+    except ValueError as error:
+        message = str(error)
+    dist.barrier()
+    return message
+
+
+def hold_other_masks(differing):
+    lengths = [30, 21] if dist.get_rank() in differing else [21, 30]
+    mask = builders.causal_document(lengths)
+    plan = ShardPlan.build(mask, dist.get_world_size())
+    return failure_of(lambda: ContextParallel(dist.group.WORLD, plan, mask))
+
+
+@pytest.mark.parametrize("differing", [[1], [2], [0, 1]])
+def test_ranks_with_different_masks_all_raise(differing):
+    messages = run_ranks(3, hold_other_masks, differing, timeout=20)
+    named = [2] if differing == [0, 1] else differing
+    assert all(f"disagree about mask or plan: {named} hold another than rank 0" in message for message in messages)
+
+
+def hold_other_plans():
+    mask = builders.causal(51)
+    plan = ShardPlan.build(mask, 2, chunk_size=3 + dist.get_rank())
+    return failure_of(lambda: ContextParallel(dist.group.WORLD, plan, mask))
+
+
+def test_ranks_with_different_plans_all_raise():
+    assert all("disagree" in message for message in run_ranks(2, hold_other_plans, timeout=20))
+
+
+def fail_on_one_rank():
+    """Rank 1 is handed rank 0's part: only it can know, but all must hear of it."""
+    mask = builders.causal(51)
+    part = ShardPlan.build(mask, 2).local(0)
+    return failure_of(lambda: ContextParallel(dist.group.WORLD, part))
+
+
+def test_an_error_of_one_rank_is_an_error_of_all():
+    messages = run_ranks(2, fail_on_one_rank, timeout=20)
+    assert all("rank 1" in message and "rank 0's part" in message for message in messages)
+
+
+def plan_for_three_on_two():
+    mask = builders.causal(51)
+    plan = ShardPlan.build(mask, 3)
+    return failure_of(lambda: ContextParallel(dist.group.WORLD, plan, mask, check=False))
+
+
+def test_group_and_plan_of_different_sizes():
+    assert all("for 3 ranks but the group has 2" in message for message in run_ranks(2, plan_for_three_on_two))
+
+
+def skip_the_check():
+    mask = builders.causal_document([21, 30])
+    plan = ShardPlan.build(mask, 2)
+    calls = []
+    gather, dist.all_gather_object = dist.all_gather_object, lambda *args, **kwargs: calls.append(args)
+    try:
+        ContextParallel(dist.group.WORLD, plan, mask, check=False)
+    finally:
+        dist.all_gather_object = gather
+    return len(calls)
+
+
+def test_the_check_can_be_turned_off():
+    assert run_ranks(2, skip_the_check) == [0, 0]
+
+
+def hold_a_sub_group():
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = groups[dist.get_rank() % 2]
+    mask = builders.causal(20 + dist.get_rank() % 2)
+    context = ContextParallel(mine, ShardPlan.build(mask, 2), mask)
+    return context.rank, context.world_size, context.num_tokens
+
+
+def test_sub_groups_compare_among_themselves():
+    assert run_ranks(4, hold_a_sub_group) == [(0, 2, 20), (0, 2, 21), (1, 2, 20), (1, 2, 21)]
+
+
+def test_one_rank_needs_no_group():
+    mask = builders.causal(9)
+    context = ContextParallel(None, ShardPlan.build(mask, 1), mask)
+    assert context.rank == 0 and context.rows.tolist() == list(range(9)) and len(context.stages) == 1
+    with pytest.raises(ValueError, match=r"for 2 ranks but the group has 1. None is one rank; pass dist.group.WORLD"):
+        ContextParallel(None, ShardPlan.build(mask, 2), mask)
+
+
+def test_what_does_not_fit():
+    mask = builders.causal(9)
+    plan = ShardPlan.build(mask, 1)
+    with pytest.raises(ValueError, match="leave mask out"):
+        ContextParallel(None, plan.local(0), mask)
+    with pytest.raises(ValueError, match="must be a ShardPlan or a RankPlan, got FlashMask"):
+        ContextParallel(None, mask)
+    with pytest.raises(ValueError, match="8 positions but the plan was built for 9"):
+        ContextParallel(None, plan, builders.causal(8))
+
+
+def test_attention_refuses_what_does_not_fit():
+    mask = builders.causal(9)
+    context = ContextParallel(None, ShardPlan.build(mask, 1), mask)
+    q = torch.randn(1, 9, 2, 8)
+    with pytest.raises(ValueError, match=r"owns 9 of 9 positions but q has 8.*plan.shard"):
+        context_parallel_attention(q[:, :8], q, q, context)
+    with pytest.raises(ValueError, match="multiple of the key/value heads"):
+        context_parallel_attention(q, q[:, :, :1].expand(1, 9, 3, 8), q[:, :, :1].expand(1, 9, 3, 8), context)
+    with pytest.raises(ValueError, match="scale"):
+        context_parallel_attention(q, q, q, context, scale=0.0)
+    with pytest.raises(ValueError, match="backend"):
+        context_parallel_attention(q, q, q, context, backend="no such")

@@ -1,0 +1,304 @@
+"""ShardPlan: what a layout must be for any mask, length and world size, by dense counting."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.cases import cases
+from fm_longctx import FlashMask, ShardPlan
+from fm_longctx.context_parallel.plan import chunk_grid
+from fm_longctx.mask import builders
+from tests.context_parallel.packs import pack
+from tests.mask.oracle import dense_of_intervals, raw_masks
+
+CASES = [case.name for case in cases(64)]
+WORLD_SIZES = [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def visible_by_rule(case, n):
+    index = torch.arange(n)
+    return case.visible(index[:, None], index[None, :])[None, None]
+
+
+def check_layout(plan, n, world_size):
+    rows = [plan.rows(rank) for rank in range(world_size)]
+    assert torch.cat(rows).sort().values.equal(torch.arange(n))
+    for r in rows:
+        assert r.dtype == torch.int64 and r.device.type == "cpu"
+        assert len(r) in (n // world_size, -(-n // world_size))
+        assert (r[1:] > r[:-1]).all()
+    return rows
+
+
+def check_stages(plan, dense, mask=None):
+    """Each visible score is in exactly one stage of its row's owner; nothing else is received; both ends agree."""
+    world_size, n = plan.world_size, plan.num_tokens
+    parts = [plan.local(rank, mask) for rank in range(world_size)]
+    fractions = []
+    for rank, part in enumerate(parts):
+        rows = plan.rows(rank)
+        assert part.rows.equal(rows) and len(part.stages) == plan.num_stages
+        rebuilt = torch.zeros(*dense.shape[:2], len(rows), n, dtype=torch.int64)
+        own = torch.zeros(n, dtype=torch.bool)
+        own[rows] = True
+        seen = dense[:, :, rows].flatten(0, 2).any(0)
+        for s, stage in enumerate(part.stages):
+            assert not stage.mask.causal and stage.mask.num_rows == len(rows)
+            rebuilt[..., stage.columns] += stage.mask.to_dense().long()
+            if s == 0:
+                assert stage.columns.equal(rows) and stage.send_rows.numel() == 0 and sum(stage.receive_counts) == 0
+                continue
+            assert not own[stage.columns].any() and seen[stage.columns].all()
+            at = 0
+            for source, count in enumerate(stage.receive_counts):
+                theirs = parts[source].stages[s]
+                begin = sum(theirs.send_counts[:rank])
+                sent = theirs.send_rows[begin : begin + theirs.send_counts[rank]]
+                assert plan.rows(source)[sent].equal(stage.columns[at : at + count])
+                at += count
+            assert at == len(stage.columns) and sum(stage.send_counts) == len(stage.send_rows)
+        assert rebuilt.equal(dense[:, :, rows].long())
+        elsewhere = n - len(rows)
+        fractions.append(int((seen & ~own).sum()) / elsewhere if elsewhere else 0.0)
+    return sum(fractions) / world_size
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("n", [1, 2, 63, 101, 1_000, 10_000, 11_021])
+def test_rows_partition_the_sequence(n, world_size):
+    lengths = pack(n, seed=n)
+    for mask in (builders.causal_document(lengths), builders.full(n)):
+        for chunk_size in (None, 1_000 if n > 1_000 else 7):
+            plan = ShardPlan.build(mask, world_size, chunk_size=chunk_size)
+            assert plan.num_tokens == n
+            check_layout(plan, n, world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_empty_sequence(world_size):
+    plan = ShardPlan.build(builders.full(0), world_size)
+    check_layout(plan, 0, world_size)
+    assert plan.imbalance == 1.0 and plan.received_fraction == 0.0
+    assert plan.local(0).stages[-1].columns.numel() == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 3_000), st.integers(1, 70), st.integers(1, 500))
+def test_chunk_grid(n, world_size, chunk_size):
+    bounds, odd = chunk_grid(n, world_size, chunk_size)
+    sizes = np.diff(bounds)
+    assert bounds[0] == 0 and bounds[-1] == n and (sizes > 0).all() and len(odd) == len(sizes)
+    share = n // world_size
+    assert (sizes[~odd] == chunk_size).all() or share <= chunk_size
+    # Whichever odd chunk a rank gets, with its part of the others it has floor or ceil of n / world_size.
+    others = sizes[~odd].sum() / world_size
+    assert all(int(others) + size in (share, share + 1) for size in sizes[odd])
+    assert odd.sum() in (0, min(n, world_size))
+    if share >= chunk_size:
+        assert sizes.max() <= 1.5 * chunk_size + 1 and sizes.min() >= chunk_size // 2
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_covered_and_measured(name, world_size):
+    n = 101
+    case = next(case for case in cases(n, seed=2) if case.name == name)
+    dense = visible_by_rule(case, n)
+    plan = ShardPlan.build(case.mask, world_size, chunk_size=5)
+    rows = check_layout(plan, n, world_size)
+    areas = [int(dense[:, :, r].sum()) for r in rows]
+    assert list(plan.areas) == areas
+    assert plan.imbalance == pytest.approx(max(areas) * world_size / sum(areas))
+    assert plan.received_fraction == pytest.approx(check_stages(plan, dense))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_intervals_are_covered(data):
+    n, world_size = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    num_stages = data.draw(st.integers(min(2, world_size), world_size))
+    raw = data.draw(
+        raw_masks(max_intervals=3, shape=(data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), n, n))
+    )
+    mask = FlashMask(raw.starts, raw.ends, causal=raw.causal)
+    dense = dense_of_intervals(raw)
+    plan = ShardPlan.build(mask, world_size, num_stages=num_stages)
+    rows = check_layout(plan, n, world_size)
+    assert list(plan.areas) == [int(dense[:, :, r].sum()) for r in rows]
+    assert plan.received_fraction == pytest.approx(check_stages(plan, dense))
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 5])
+def test_stages_divide_the_remote_keys(num_stages):
+    n, world_size = 101, 5
+    plan = ShardPlan.build(builders.full(n), world_size, num_stages=num_stages)
+    assert plan.num_stages == num_stages
+    check_stages(plan, torch.ones(1, 1, n, n, dtype=torch.bool))
+    for rank in range(world_size):
+        stages = plan.local(rank).stages
+        assert all(len(stage.columns) > 0 for stage in stages)
+        if num_stages == world_size:
+            # A ring: one source in each stage.
+            assert [sum(count > 0 for count in stage.receive_counts) for stage in stages[1:]] == [1] * 4
+
+
+def test_several_masks_share_a_layout():
+    n, world_size = 101, 3
+    full, window = builders.causal(n), builders.sliding_window(n, 9)
+    plan = ShardPlan.build([full, window], world_size, chunk_size=4)
+    dense = [mask.to_dense() for mask in (full, window)]
+    rows = check_layout(plan, n, world_size)
+    assert list(plan.areas) == [sum(int(d[:, :, r].sum()) for d in dense) for r in rows]
+    assert plan.received_fraction == pytest.approx(
+        (check_stages(plan, dense[0]) + check_stages(plan, dense[1], window)) / 2
+    )
+    # Layers with the window receive the window's keys only, and the layout is exact for a mask it was not made for.
+    assert len(plan.local(0, window).stages[1].columns) < len(plan.local(0).stages[1].columns)
+    other = builders.document([40, 61])
+    check_stages(plan, other.to_dense(), other)
+
+
+def test_local_mask_is_that_of_the_stage():
+    mask = builders.document([20, 43])
+    plan = ShardPlan.build(mask, 3)
+    part = plan.local(1)
+    for stage in range(plan.num_stages):
+        expected = mask.to_dense()[:, :, plan.rows(1)][..., part.stages[stage].columns]
+        assert plan.local_mask(1, stage).to_dense().equal(expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_shard_and_unshard(world_size):
+    n = 101
+    plan = ShardPlan.build(builders.causal(n), world_size)
+    x = torch.randn(2, n, 3)
+    shards = [plan.shard(x, rank, 1) for rank in range(world_size)]
+    for rank, shard in enumerate(shards):
+        assert shard.equal(x[:, plan.rows(rank)])
+        assert plan.shard(x.transpose(1, 2), rank, -1).equal(shard.transpose(1, 2))
+    assert plan.unshard(shards, 1).equal(x)
+    with pytest.raises(ValueError, match="101 positions"):
+        plan.shard(x, 0, 0)
+    with pytest.raises(ValueError, match="one shard per rank"):
+        plan.unshard(shards[:-1], 1)
+
+
+def test_equal_arguments_give_equal_plans():
+    lengths = pack(20_000, seed=1)
+    plans = [ShardPlan.build(builders.causal_document(lengths), 7) for _ in range(2)]
+    assert plans[0].fingerprint() == plans[1].fingerprint()
+    assert plans[0].owners.equal(plans[1].owners) and plans[0].bounds.equal(plans[1].bounds)
+    changed = [
+        ShardPlan.build(builders.causal_document(lengths), 6),
+        ShardPlan.build(builders.causal_document(lengths), 7, chunk_size=100),
+        ShardPlan.build(builders.causal_document(lengths), 7, num_stages=3),
+        ShardPlan.build(builders.causal_document([*lengths[:-1], lengths[-1] - 1, 1]), 7),
+    ]
+    assert len({plan.fingerprint() for plan in [plans[0], *changed]}) == 5
+
+
+def test_a_plan_and_its_parts_travel_by_pickle():
+    plan = ShardPlan.build([builders.causal(63), builders.full(63)], 4)
+    plan.received_fraction  # noqa: B018
+    again = pickle.loads(pickle.dumps(plan))
+    assert again.fingerprint() == plan.fingerprint() and again.areas == plan.areas
+    part, part_again = plan.local(2), pickle.loads(pickle.dumps(again.local(2)))
+    assert part_again.fingerprint == part.fingerprint
+    for a, b in zip(part.stages, part_again.stages, strict=True):
+        assert a.columns.equal(b.columns) and a.mask.fingerprint() == b.mask.fingerprint()
+
+
+def test_fingerprint_of_a_part_names_the_mask():
+    plan = ShardPlan.build([builders.causal(63), builders.full(63)], 4)
+    assert plan.local(0).fingerprint == plan.local(3).fingerprint
+    assert plan.local(0).fingerprint != plan.local(0, builders.full(63)).fingerprint
+
+
+def test_planning_needs_neither_kernels_nor_collectives():
+    code = (
+        "import sys; from fm_longctx import ShardPlan; from fm_longctx.mask import builders;"
+        "ShardPlan.build(builders.causal(64), 4).local(1);"
+        "loaded = [m for m in sys.modules if m == 'triton' or m.startswith(('triton.', 'fm_longctx.kernels',"
+        "'fm_longctx.attention', 'fm_longctx.context_parallel.exchange', 'fm_longctx.context_parallel.context'))];"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# Quality
+
+
+def test_packs_are_balanced_with_a_quarter_of_the_traffic_of_an_all_gather():
+    """8K tokens a rank, as measured over 100 packs: imbalance 1.015, 0.20 of the keys."""
+    n = 8 * 8_192
+    plans = [ShardPlan.build(builders.causal_document(pack(n, seed)), 8) for seed in range(100)]
+    assert max(plan.imbalance for plan in plans) <= 1.05
+    assert np.mean([plan.imbalance for plan in plans]) <= 1.02
+    assert np.mean([plan.received_fraction for plan in plans]) <= 0.25
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_plain_causal_is_no_worse_than_zigzag(world_size):
+    n = 8_192
+    plan = ShardPlan.build(builders.causal(n), world_size)
+    half = n // (2 * world_size)
+    piece = np.arange(n) // half
+    owner = np.minimum(piece, 2 * world_size - 1 - piece)
+    seen = np.array(
+        [(np.flatnonzero(owner == rank)[-1] + 1 - n / world_size) / (n - n / world_size) for rank in range(world_size)]
+    )
+    area = np.bincount(owner, np.arange(1, n + 1), world_size)
+    assert plan.imbalance <= area.max() / area.mean() + 1e-9
+    assert plan.received_fraction <= seen.mean() + 1e-9
+
+
+def test_a_sliding_window_stays_contiguous():
+    n, world_size, window = 8_192, 8, 100
+    plan = ShardPlan.build(builders.sliding_window(n, window), world_size)
+    assert plan.imbalance < 1.02
+    # Each rank but the first receives the window - 1 keys before its own.
+    assert plan.received_fraction == pytest.approx(7 / 8 * (window - 1) / (n - n / 8))
+
+
+def test_a_few_heavy_rows_get_smaller_chunks():
+    plan = ShardPlan.build(builders.causal_blockwise([4_000] * 11 + [1_000]), 8)
+    assert plan.imbalance <= 1.1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(mask=builders.full(8, num_rows=4), world_size=2), "as many rows as columns, got 4 x 8"),
+        (dict(mask=[builders.full(8), builders.full(9)], world_size=2), r"one length, got \[8, 9\]"),
+        (dict(mask=[], world_size=2), "non-empty"),
+        (dict(mask=torch.ones(4, 4), world_size=2), "FlashMask"),
+        (dict(mask=builders.full(8), world_size=0), "world_size must be an integer >= 1, got 0"),
+        (dict(mask=builders.full(8), world_size=True), "world_size"),
+        (dict(mask=builders.full(8), world_size=2, chunk_size=0), "chunk_size"),
+        (dict(mask=builders.full(8), world_size=4, num_stages=1), r"num_stages must be an integer in 2..4"),
+        (dict(mask=builders.full(8), world_size=4, num_stages=5), r"num_stages must be an integer in 2..4"),
+        (dict(mask=builders.full(8), world_size=1, num_stages=2), r"num_stages must be an integer in 1..1"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ShardPlan.build(**arguments)
+
+
+def test_bad_ranks_stages_and_masks():
+    plan = ShardPlan.build(builders.full(8), 2)
+    with pytest.raises(ValueError, match=r"rank must be in 0..1"):
+        plan.rows(2)
+    with pytest.raises(ValueError, match=r"stage must be in 0..1"):
+        plan.local_mask(0, 2)
+    with pytest.raises(ValueError, match="9 positions but the plan was built for 8"):
+        plan.local(0, builders.full(9))
