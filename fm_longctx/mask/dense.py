@@ -53,8 +53,8 @@ def to_intervals(visible: Tensor, *, max_intervals: int) -> tuple[Tensor, Tensor
     if most > max_intervals:
         first = (runs > max_intervals).nonzero()[0].tolist()
         raise ValueError(
-            f"column {first[2]} (batch {first[0]}, head {first[1]}) has {int(runs[tuple(first)])} masked intervals, more "
-            f"than max_intervals={max_intervals}. Pass max_intervals={most} to keep this mask exactly."
+            f"column {first[2]} (batch {first[0]}, head {first[1]}) has {int(runs[tuple(first)])} masked intervals, "
+            f"more than max_intervals={max_intervals}. Pass max_intervals={most} to keep this mask exactly."
         )
     starts = torch.full((b, h, most, n_k), n_q, dtype=torch.int32, device=masked.device)
     ends = starts.clone()

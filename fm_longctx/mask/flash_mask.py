@@ -37,16 +37,16 @@ class FlashMask:
         row 3           . . . x .
         row 4           . . . x x
 
-    A mask is canonical once constructed: per column the intervals are clipped to the rows (and, when causal, to the rows
-    on or below the diagonal), sorted, disjoint and not touching; out-of-range bounds are clipped, empty and inverted
-    intervals dropped. So the area is a sum of lengths and equal masks have equal fingerprints.
+    A mask is canonical once constructed: per column the intervals are clipped to the rows (and, when causal, to the
+    rows on or below the diagonal), sorted, disjoint and not touching; out-of-range bounds are clipped, empty and
+    inverted intervals dropped. So the area is a sum of lengths and equal masks have equal fingerprints.
 
-    Masks are immutable; do not write to their tensors. `cache` holds what others derive from a mask (tile schedules), so
-    that every layer and both directions share it.
+    Masks are immutable; do not write to their tensors. `cache` holds what others derive from a mask (tile schedules),
+    so that every layer and both directions share it.
 
     Args:
-        starts, ends: int32 `[B, H_mask, K, N_k]` on one device, the half-open `[start, end)` of masked rows. K may be 0.
-            B is 1 or the batch; H_mask is 1, H_kv or H.
+        starts, ends: int32 `[B, H_mask, K, N_k]` on one device, the half-open `[start, end)` of masked rows. K may be
+            0. B is 1 or the batch; H_mask is 1, H_kv or H.
         causal: hide what lies above the diagonal, aligned bottom-right.
         num_rows: N_q; N_k if not given.
 
@@ -56,7 +56,7 @@ class FlashMask:
     Source: FlashMask, arXiv 2410.01359, section 4.1, generalised from two intervals (lower, upper) to any number.
     """
 
-    __slots__ = ("starts", "ends", "causal", "num_rows", "cache", "__weakref__")
+    __slots__ = ("__weakref__", "cache", "causal", "ends", "num_rows", "starts")
 
     starts: Tensor
     ends: Tensor
@@ -162,7 +162,7 @@ class FlashMask:
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, *, causal: bool = True) -> FlashMask:
-        """Packed documents from integer positions `[N]` or `[B, N]`: a document starts wherever they do not rise by 1."""
+        """Packed documents from integer positions `[N]` or `[B, N]`: one starts wherever they do not rise by 1."""
         return cls(*packed.from_position_ids(position_ids, causal=causal), causal=causal)
 
     # Algebra

@@ -17,8 +17,8 @@ def select(mask: FlashMask, rows: Tensor, columns: Tensor | None = None) -> tupl
     """Intervals of `dense[rows][:, columns]`, exactly, for any ascending rows and any columns in any order.
 
     With the rows in ascending order an interval `[s, e)` covers exactly the local rows
-    `[searchsorted(rows, s), searchsorted(rows, e))`, whatever rows were left out. Causality becomes one more interval, so
-    the result is not causal and has at most one interval a column more.
+    `[searchsorted(rows, s), searchsorted(rows, e))`, whatever rows were left out. Causality becomes one more interval,
+    so the result is not causal and has at most one interval a column more.
 
     Args:
         mask: the global mask.
@@ -74,5 +74,5 @@ def intersect(a: FlashMask, b: FlashMask) -> tuple[Tensor, Tensor]:
 def _check_indices(name: str, indices: Tensor, limit: int) -> None:
     if indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be a 1-D integer tensor, got {indices.dtype} {list(indices.shape)}.")
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < limit):
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= limit):
         raise ValueError(f"{name} must lie in [0, {limit}), got {int(indices.min())}..{int(indices.max())}.")

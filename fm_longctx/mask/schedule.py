@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class TileLists(NamedTuple):
     """Per block (of rows, or of columns) the tiles to visit, for each batch and mask head.
 
-    With n blocks, list i = (b * H_mask + h) * n + block is `entries[offsets[i] : offsets[i + 1]]`, ascending; an entry is
-    `other_block << 1 | partial`. A kernel that is not asked to hide anything in a tile (`partial` 0) need not look at
-    the mask, nor at the sequence's end: the last column-block is always partial if it is ragged.
+    With n blocks, list i = (b * H_mask + h) * n + block is `entries[offsets[i] : offsets[i + 1]]`, ascending; an entry
+    is `other_block << 1 | partial`. A kernel that is not asked to hide anything in a tile (`partial` 0) need not look
+    at the mask, nor at the sequence's end: the last column-block is always partial if it is ragged.
     """
 
     offsets: Tensor

@@ -2,8 +2,8 @@
 
 A tile is skipped exactly when its masked scores fill it, however many intervals (and the diagonal) share the work, and
 full exactly when it holds none. Counting needs no pass over rows x columns: an interval's overlap with a row-block is
-the difference of two ramps, and a ramp summed over a column-block is (how many interval bounds lie above this row-block)
-x (row) - (sum of those bounds). Two histograms and a cumulative sum give every tile's count in
+the difference of two ramps, and a ramp summed over a column-block is (how many interval bounds lie above this
+row-block) x (row) - (sum of those bounds). Two histograms and a cumulative sum give every tile's count in
 O(K·N_k + tiles).
 """
 
