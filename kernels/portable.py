@@ -18,26 +18,23 @@ MAX_HEAD_DIM = 256
 _INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 
 
-def require(q: Tensor, v: Tensor) -> None:
-    """Raise a ValueError if the kernels cannot run on these inputs."""
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"backend='triton' takes float32, float16 or bfloat16, got {q.dtype}. Use backend='reference'."
-        )
+def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
+    """Why the kernels cannot run on these inputs, or None if they can. Any number of intervals will do."""
     d = max(q.shape[-1], v.shape[-1])
+    if q.dtype not in DTYPES:
+        return f"takes float32, float16 or bfloat16, got {q.dtype}"
     if d > MAX_HEAD_DIM:
-        raise ValueError(
-            f"backend='triton' takes head dimensions up to {MAX_HEAD_DIM}, got {d}. Use backend='reference'."
-        )
+        return f"takes head dimensions up to {MAX_HEAD_DIM}, got {d}"
     if _INTERPRETED:
-        return
+        return None
     if q.device.type != "cuda":
-        raise ValueError(
-            f"backend='triton' needs a CUDA device, got {q.device}. On a CPU pass backend=None or 'reference', or set "
-            "TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow: for tests)."
+        return (
+            f"needs a CUDA device, got {q.device} (or TRITON_INTERPRET=1 set before Python starts, to interpret the "
+            "kernels on a CPU: slow, for tests)"
         )
     if torch.cuda.get_device_capability(q.device) < (8, 0):
-        raise ValueError("backend='triton' needs compute capability 8.0 or later. Use backend='reference'.")
+        return "needs a GPU of compute capability 8.0 or later"
+    return None
 
 
 def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int, bool]]:
@@ -95,48 +92,97 @@ def backward(
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fm_longctx.attention.passes.attention_backward`."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout.to(q.dtype)))
-    lse, delta = lse.contiguous(), delta.contiguous()
-    blocks, constants = _blocks(q, v), _constants(q, k, v, mask)
-    inputs, sizes = (q, k, v, dout, lse, delta), (*_sizes(q, k, mask), scale)
+    arguments = (dout.to(q.dtype), q, k, v, lse, delta, mask)
+    dq = query_gradient(*arguments, scale=scale, grad_dtype=grad_dtype)
+    dk, dv = key_gradients(*arguments, scale=scale, grad_dtype=grad_dtype)
+    return dq, dk, dv
+
+
+def query_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    grad_dtype: torch.dtype,
+) -> Tensor:
+    """dq of `backward`."""
+    dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)
+    if q.numel() == 0 or k.shape[1] == 0:
+        return dq.zero_()
+    q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
+    block = _blocks(q, v).query
+    lists = tile_lists(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
-        block = blocks.query
-        lists = tile_lists(mask, block.m, block.n, by_row=True)
         backward_q_kernel[(lists.order.shape[1], q.shape[2], q.shape[0])](
-            *inputs,
+            q,
+            k,
+            v,
+            dout,
+            lse.contiguous(),
+            delta.contiguous(),
             dq,
             mask.starts,
             mask.ends,
             *lists,
             *_strides(q, k, v, dout, dq),
-            *sizes,
-            **constants,
+            *_sizes(q, k, mask),
+            scale,
+            **_constants(q, k, v, mask),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
             num_warps=block.warps,
             num_stages=block.stages,
         )
-        block = blocks.key
-        lists = tile_lists(mask, block.m, block.n, by_row=False)
+    return dq
+
+
+def key_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """dk, dv of `backward`."""
+    dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
+    if q.numel() == 0 or k.shape[1] == 0:
+        return dk.zero_(), dv.zero_()
+    q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
+    block = _blocks(q, v).key
+    lists = tile_lists(mask, block.m, block.n, by_row=False)
+    with torch.cuda.device_of(q):
         backward_kv_kernel[(lists.order.shape[1], k.shape[2], k.shape[0])](
-            *inputs,
+            q,
+            k,
+            v,
+            dout,
+            lse.contiguous(),
+            delta.contiguous(),
             dk,
             dv,
             mask.starts,
             mask.ends,
             *lists,
             *_strides(q, k, v, dout, dk, dv),
-            *sizes,
-            **constants,
+            *_sizes(q, k, mask),
+            scale,
+            **_constants(q, k, v, mask),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
             num_warps=block.warps,
             num_stages=block.stages,
         )
-    return dq, dk, dv
+    return dk, dv
 
 
 def _blocks(q: Tensor, v: Tensor) -> Blocks:

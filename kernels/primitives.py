@@ -35,7 +35,7 @@ def visible(
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
 ):
-    """Which scores of a tile are visible: o_m, o_n hold row and column indices, `[BM, 1]` and `[1, BN]` or transposed."""
+    """Which scores of a tile are visible; o_m and o_n index rows and columns, `[BM, 1]` and `[1, BN]` or transposed."""
     inside = o_n < n_k
     see = inside & (o_m >= 0)
     if CAUSAL:

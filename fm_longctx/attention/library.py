@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_longctx.attention.passes import BACKENDS, attention_backward, attention_delta, attention_forward
+from fm_longctx.attention.passes import attention_backward, attention_delta, attention_forward, load_backend
 from fm_longctx.mask import FlashMask
 from fm_longctx.mask.schedule import TileLists, tile_lists
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Differentiable out `[B, N_q, H, D_v]` and lse `[B, H, N_q]`; the arguments are valid and the backend is named."""
-    keys = BACKENDS[backend].lists_needed(q, v, backward=False)
+    keys = load_backend(backend).lists_needed(q, v, backward=False)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        keys += [key for key in BACKENDS[backend].lists_needed(q, v, backward=True) if key not in keys]
+        keys += [key for key in load_backend(backend).lists_needed(q, v, backward=True) if key not in keys]
     lists: list[Tensor] = []
     for block_m, block_n, by_row in keys:
         lists += tile_lists(mask, block_m, block_n, by_row=by_row)

@@ -61,9 +61,10 @@ def flashmask_attention(
         mask: `N_q` rows and `N_k` columns; its batch is 1 or B, its heads 1, H_kv or H; on q's device.
         scale: multiplies the scores, > 0; `1 / sqrt(D)` if not given.
         return_lse: also return the log-sum-exp of each row's visible scores. It is differentiable.
-        backend: `"triton"` (NVIDIA GPU, or a CPU under Triton's interpreter), `"reference"` (any device), or None to
-            choose: triton on a GPU, reference elsewhere. A named backend runs or raises; it never gives way to another.
-        deterministic: ask for bitwise repeatable gradients. Both backends give them at all times today.
+        backend: `"hopper"` (H100, H200), `"triton"` (any recent NVIDIA GPU, or a CPU under Triton's interpreter),
+            `"reference"` (any device), or None to choose: on a GPU the first of these that takes the inputs, reference
+            elsewhere. A named backend runs or raises; it never gives way to another.
+        deterministic: ask for bitwise repeatable gradients. All backends give them at all times today.
 
     Returns:
         out `[B, N_q, H, D_v]` in q's dtype; with `return_lse` also lse `[B, H, N_q]`, float32, natural logarithm. A row
@@ -85,5 +86,5 @@ def flashmask_attention(
         scale = 1.0 / math.sqrt(q.shape[-1])
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}.")
-    out, lse = attend(q, k, v, mask, float(scale), resolve_backend(backend, q, v))
+    out, lse = attend(q, k, v, mask, float(scale), resolve_backend(backend, q, v, mask.num_intervals))
     return (out, lse) if return_lse else out

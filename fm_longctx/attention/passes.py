@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -9,21 +11,39 @@ from fm_longctx.attention import reference
 from fm_longctx.kernels import portable
 from fm_longctx.mask import FlashMask
 
-BACKENDS = {"reference": reference, "triton": portable}
+BACKENDS = ("hopper", "triton", "reference")
+"""Fastest first."""
 
 
-def resolve_backend(backend: str | None, q: Tensor, v: Tensor) -> str:
-    """The backend to run: the named one, or `triton` on a GPU and `reference` elsewhere.
+def load_backend(name: str) -> ModuleType:
+    """The module of a backend: `refusal`, `lists_needed`, `forward` and `backward`."""
+    if name == "hopper":
+        # Only when it is wanted: the Gluon dialect that it is written in is not part of every Triton.
+        from fm_longctx.kernels.hopper import launch
+
+        return launch
+    return portable if name == "triton" else reference
+
+
+def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int) -> str:
+    """The backend to run: the named one; or, if None, on a GPU the fastest that can, `reference` elsewhere.
+
+    Args:
+        intervals: the most intervals a column of any mask that q and v will meet.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot take q's device or dtype. A named backend never gives way
-            to another.
+        ValueError: an unknown name, or a backend that cannot take these inputs, with the reason. A named backend never
+            gives way to another.
     """
     if backend is None:
-        backend = "triton" if q.device.type == "cuda" and q.dtype in portable.DTYPES else "reference"
+        if q.device.type != "cuda":
+            return "reference"
+        return next(name for name in BACKENDS if load_backend(name).refusal(q, v, intervals) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None, got {backend!r}.")
-    BACKENDS[backend].require(q, v)
+    reason = load_backend(backend).refusal(q, v, intervals)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} {reason}. Name another, or pass backend=None to let the op choose.")
     return backend
 
 
@@ -44,7 +64,7 @@ def attention_forward(
     """
     # The backends choose the precision of each product themselves.
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[backend].forward(q, k, v, mask, scale=scale, out_dtype=out_dtype or q.dtype)
+        return load_backend(backend).forward(q, k, v, mask, scale=scale, out_dtype=out_dtype or q.dtype)
 
 
 def attention_delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Tensor:
@@ -76,6 +96,6 @@ def attention_backward(
     -inf get gradient 0. Bitwise repeatable: no backend uses atomics.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[backend].backward(
+        return load_backend(backend).backward(
             dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype or q.dtype
         )

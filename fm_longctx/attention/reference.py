@@ -20,8 +20,9 @@ from fm_longctx.mask.schedule import tile_lists
 BLOCK_M, BLOCK_N = 256, 256
 
 
-def require(q: Tensor, v: Tensor) -> None:
-    """Every device, floating-point dtype and head dimension will do."""
+def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
+    """Why this backend cannot run on these inputs: never, it takes every device, dtype, dimension and mask."""
+    return None
 
 
 def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int, bool]]:

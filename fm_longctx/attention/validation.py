@@ -33,7 +33,8 @@ def validate(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask) -> None:
         raise ValueError(f"the query heads must be a multiple of the key/value heads, got {h} and {h_kv}.")
     if (mask.num_rows, mask.num_columns) != (n_q, n_k):
         raise ValueError(
-            f"the mask has {mask.num_rows} rows x {mask.num_columns} columns, but q has {n_q} positions and k has {n_k}."
+            f"the mask has {mask.num_rows} rows x {mask.num_columns} columns, but q has {n_q} positions and k has "
+            f"{n_k}."
         )
     if mask.batch not in (1, b):
         raise ValueError(f"the mask's batch must be 1 or {b} (q's batch), got {mask.batch}.")

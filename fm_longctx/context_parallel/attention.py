@@ -64,7 +64,8 @@ def context_parallel_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}.")
-    out: Tensor = _Attention.apply(q, k, v, context, scale, resolve_backend(backend, q, v))
+    intervals = max(stage.mask.num_intervals for stage in context.stages)
+    out: Tensor = _Attention.apply(q, k, v, context, scale, resolve_backend(backend, q, v, intervals))
     return out
 
 

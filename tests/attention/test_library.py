@@ -18,7 +18,7 @@ def inputs_and_mask(n=70, **kwargs):
 
 def test_opcheck(backend):
     q, k, v, mask = inputs_and_mask()
-    needed = passes.BACKENDS[backend].lists_needed
+    needed = passes.load_backend(backend).lists_needed
     keys = list(dict.fromkeys(needed(q, v, backward=False) + needed(q, v, backward=True)))
     lists = [x for m, n, by_row in keys for x in tile_lists(mask, m, n, by_row=by_row)]
     flat = [int(part) for key in keys for part in key]
@@ -62,7 +62,7 @@ def test_tile_lists_are_built_once_and_only_those_needed(backend, needs_grad):
     q.requires_grad_(needs_grad)
     flashmask_attention(q, k, v, mask, backend=backend)
     built = dict(mask.cache)
-    needed = passes.BACKENDS[backend].lists_needed
+    needed = passes.load_backend(backend).lists_needed
     keys = set(needed(q, v, backward=False)) | (set(needed(q, v, backward=True)) if needs_grad else set())
     assert {key[1:] for key in built} == keys
     flashmask_attention(q, k, v, mask, backend=backend).sum()

@@ -50,7 +50,7 @@ def test_scale(scale):
 
 
 def test_backends():
-    refused(r"backend must be one of \['reference', 'triton'\] or None, got 'flash'", backend="flash")
+    refused(r"backend must be one of \['hopper', 'reference', 'triton'\] or None, got 'flash'", backend="flash")
     doubles = [x.double() for x in random_inputs(batch=2, rows=8, heads=4, kv_heads=2, d=16)]
     refused("backend='triton' takes float32, float16 or bfloat16, got torch.float64", *doubles, backend="triton")
     wide = random_inputs(batch=2, rows=8, heads=4, kv_heads=2, d=300)

@@ -1,0 +1,71 @@
+"""Which configuration of the Hopper forward is fastest? Checks each against the portable kernel, then times it.
+
+python -m benchmarks.hopper --head-dims 64 128 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+
+import torch
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from benchmarks.cases import document_lengths
+from benchmarks.environment import environment
+from fm_longctx.kernels import portable
+from fm_longctx.kernels.hopper import launch
+from fm_longctx.mask import FlashMask, builders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--heads", type=int, nargs=2, default=[16, 16])
+    options = parser.parse_args()
+    print(environment())
+    n = options.length
+    masks = {
+        "causal": builders.causal(n),
+        "full": builders.full(n),
+        "causal_document": builders.causal_document(document_lengths(n, 0)),
+        "document": builders.document(document_lengths(n, 0)),
+    }
+    for d in options.head_dims:
+        for name, mask in masks.items():
+            time_configs(name, mask.to("cuda"), n, options.heads, d)
+
+
+def time_configs(name: str, mask: FlashMask, n: int, heads: tuple[int, int], d: int) -> None:
+    h, h_kv = heads
+    q, k, v = (torch.randn(1, n, x, d, device="cuda", dtype=torch.bfloat16) for x in (h, h_kv, h_kv))
+    flops = 2 * 2 * d * h * int(mask.area().sum())
+    scale = 1 / math.sqrt(d)
+    expected, expected_lse = portable.forward(q, k, v, mask, scale=scale, out_dtype=q.dtype)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return launch.forward(q, k, v, mask, scale=scale, out_dtype=q.dtype)
+
+    for block_n, stages, ping_pong in itertools.product((64, 128), (2, 3, 4), (False, True)):
+        config = launch.Config(block_n, stages, ping_pong)
+        kept, launch.FORWARD[d] = launch.FORWARD[d], config
+        try:
+            out, lse = run()
+            error = (out.float() - expected.float()).abs().max().item()
+            lse_error = (lse - expected_lse).abs().max().item()
+            if not (error <= 0.02 and lse_error <= 1e-3):
+                print(f"D {d:3} {name:16} {config!s:70} WRONG: out {error:.3g} lse {lse_error:.3g}", flush=True)
+                continue
+            ms = do_bench(run, warmup=20, rep=100, return_mode="median")
+        except OutOfResources:
+            continue
+        finally:
+            launch.FORWARD[d] = kept
+        print(f"D {d:3} {name:16} {config!s:70} {ms:8.3f} ms {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

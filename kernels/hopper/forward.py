@@ -1,0 +1,277 @@
+"""The Hopper forward kernel, in Gluon: a TMA producer warp and two consumer warpgroups of 64 query rows each.
+
+The producer walks the row-block's tile list and keeps STAGES tiles of K and V in flight; for partial tiles it fetches
+the columns' interval bounds along with K. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j together
+and does the softmax of tile j + 1 while the tensor cores finish the latter.
+
+Source: FlashAttention-3 (arXiv 2407.08608), algorithm 2 (overlap within a warpgroup), over FlashMask's visible tiles.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fm_longctx.kernels.hopper.primitives import hide_rows
+
+
+@gluon.jit
+def _produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    bounds_desc,
+    q_s,
+    k_s,
+    v_s,
+    bounds_s,
+    q_full,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    p_entries,
+    count,
+    b,
+    h,
+    h_kv,
+    bounds_row,
+    m0,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    INTERVALS: gl.constexpr,
+):
+    for w in gl.static_range(2):
+        mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [b, m0 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
+    for i in range(count):
+        stage = i % STAGES
+        free = ((i // STAGES) & 1) ^ 1
+        entry = gl.load(p_entries + i)
+        n0 = (entry >> 1) * BLOCK_N
+        mbarrier.wait(k_empty.index(stage), free)
+        if INTERVALS > 0:
+            partial = (entry & 1) != 0
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes + bounds_desc.block_type.nbytes, pred=partial)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes, pred=not partial)
+            tma.async_copy_global_to_shared(
+                bounds_desc, [bounds_row, n0], k_full.index(stage), bounds_s.index(stage), pred=partial
+            )
+        else:
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], k_full.index(stage), k_s.index(stage))
+        mbarrier.wait(v_empty.index(stage), free)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], v_full.index(stage), v_s.index(stage))
+
+
+@gluon.jit
+def _softmax(s, b_top, b_sum, scale_log2):
+    """p, the new maxima and sums, and the factor by which older results decay."""
+    b_new = gl.maximum(b_top, gl.max(s, 1))
+    # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
+    b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor, 1))
+    b_decay = gl.exp2(b_top * scale_log2 - b_anchor)
+    return p, b_new, b_sum * b_decay + gl.sum(p, 1), b_decay
+
+
+@gluon.jit
+def _consume(
+    w: gl.constexpr,
+    out_desc,
+    p_out,
+    p_lse,
+    stride_on,
+    q_s,
+    k_s,
+    v_s,
+    bounds_s,
+    q_full,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    turn,
+    p_entries,
+    count,
+    b,
+    h,
+    m0,
+    n_q,
+    n_k,
+    scale,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    D_V: gl.constexpr,
+    STAGES: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TMA_STORE: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):
+    LOG2E: gl.constexpr = 1.4426950408889634
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])  # noqa: E741
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    dtype: gl.constexpr = out_desc.dtype
+    scale_log2 = scale * LOG2E
+    o_m = m0 + 64 * w + gl.arange(0, 64, layout=S_ROW)
+    b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
+    b_sum = gl.full([64], 0.0, gl.float32, S_ROW)
+    b_out = gl.full([64, D_V], 0.0, gl.float32, O)
+    blank = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
+    q = q_s.index(w).reshape([64, D])
+    mbarrier.wait(q_full.index(w), 0)
+
+    if count > 0:
+        entry = gl.load(p_entries)
+        mbarrier.wait(k_full.index(0), 0)
+        k = k_s.index(0).reshape([BLOCK_N, D])
+        s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        if entry & 1:
+            s = hide_rows(s, o_m, (entry >> 1) * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
+        mbarrier.arrive(k_empty.index(0), count=1)
+        p, b_top, b_sum, b_decay = _softmax(s, b_top, b_sum, scale_log2)
+        p = gl.convert_layout(p.to(dtype), P)
+        mbarrier.wait(v_full.index(0), 0)
+
+        for i in range(1, count):
+            stage = i % STAGES
+            phase = (i // STAGES) & 1
+            before = (i - 1) % STAGES
+            entry = gl.load(p_entries + i)
+            mbarrier.wait(k_full.index(stage), phase)
+            if PING_PONG:
+                mbarrier.wait(turn.index(w), (i - 1) & 1)
+            k = k_s.index(stage).reshape([BLOCK_N, D])
+            v = v_s.index(before).reshape([BLOCK_N, D_V])
+            s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
+            token = warpgroup_mma(p, v, b_out, is_async=True)
+            if PING_PONG:
+                mbarrier.arrive(turn.index(1 - w), count=1)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            if entry & 1:
+                n0 = (entry >> 1) * BLOCK_N
+                s = hide_rows(s, o_m, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            p32, b_top, b_sum, b_decay = _softmax(s, b_top, b_sum, scale_log2)
+            p16 = p32.to(dtype)
+            # Also keeps ptxas from hoisting the next wait above the softmax: a spin loop ends the basic block.
+            mbarrier.wait(v_full.index(stage), phase)
+            b_out = warpgroup_mma_wait(0, deps=(token,))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
+            p = gl.convert_layout(p16, P)
+
+        v = v_s.index((count - 1) % STAGES).reshape([BLOCK_N, D_V])
+        token = warpgroup_mma(p, v, b_out, is_async=True)
+        b_out = warpgroup_mma_wait(0, deps=(token,))
+
+    seen = b_sum > 0.0
+    b_sum = gl.where(seen, b_sum, 1.0)
+    b_out = b_out * gl.expand_dims(gl.convert_layout(1.0 / b_sum, O_ROW), 1)
+    gl.store(p_lse + o_m, gl.where(seen, b_top * scale + gl.log(b_sum), float("-inf")), mask=o_m < n_q)
+    if TMA_STORE:
+        # Q is not needed any more: its buffer carries the output, which TMA clips at the last row.
+        out = q_s.index(w)._reinterpret(dtype, [1, 64, 1, D_V], out_desc.layout)
+        out.reshape([64, D_V]).store(b_out.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [b, m0 + 64 * w, h, 0], out)
+        tma.store_wait(0)
+    else:
+        o_row = gl.expand_dims(m0 + 64 * w + gl.arange(0, 64, layout=O_ROW), 1)
+        o_d = gl.expand_dims(gl.arange(0, D_V, layout=gl.SliceLayout(0, O)), 0)
+        gl.store(p_out + o_row.to(gl.int64) * stride_on + o_d, b_out, mask=o_row < n_q)
+
+
+@gluon.jit
+def forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    bounds_desc,
+    p_out,
+    p_lse,
+    p_offsets,
+    p_entries,
+    p_order,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    n_q,
+    n_k,
+    heads,
+    mask_batch,
+    mask_heads,
+    scale,
+    KV_SHARE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    D_V: gl.constexpr,
+    STAGES: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TMA_STORE: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+):
+    b, h = gl.program_id(2), gl.program_id(1)
+    group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+    blocks = gl.num_programs(0)
+    block = gl.load(p_order + group * blocks + gl.program_id(0))
+    begin = gl.load(p_offsets + group * blocks + block)
+    count = gl.load(p_offsets + group * blocks + block + 1) - begin
+    p_entries += begin
+    p_lse += (b.to(gl.int64) * heads + h) * n_q
+    p_out += b.to(gl.int64) * stride_ob + h * stride_oh
+    m0 = block * 128
+
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, D_V], v_desc.layout)
+    bounds_s = gl.allocate_shared_memory(gl.int32, [STAGES, bounds_desc.block_shape[0], BLOCK_N], bounds_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for w in gl.static_range(2):
+        mbarrier.init(q_full.index(w), count=1)
+        mbarrier.init(turn.index(w), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    if PING_PONG:
+        mbarrier.arrive(turn.index(0), count=1)
+    fence_async_shared()
+
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (0, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, k_full, k_empty, v_full,
+                        v_empty, turn, p_entries, count, b, h, m0, n_q, n_k, scale,
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
+            (_consume, (1, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, k_full, k_empty, v_full,
+                        v_empty, turn, p_entries, count, b, h, m0, n_q, n_k, scale,
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
+            (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, q_full, k_full, k_empty, v_full,
+                        v_empty, p_entries, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
+                        BLOCK_N, STAGES, INTERVALS)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, 24],
+    )
+    # fmt: on
