@@ -14,6 +14,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -102,16 +103,16 @@ def inspect(path: Path, hf_config: Any) -> RunState:
     """
     try:
         content = json.loads((path / "run.json").read_text())
+        if content.get("format") != FORMAT:
+            raise ValueError(f"it has format {content.get('format')}, and this version reads format {FORMAT}")
         metadata = dcp.FileSystemReader(path).read_metadata()
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is not a complete checkpoint: {Path(error.filename or '').name} is missing. Give a folder named "
             "step_... as written under <run>/checkpoints."
         ) from error
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error}") from error
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {content.get('format')}; this version reads format {FORMAT}.")
+    except (OSError, ValueError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"cannot read the checkpoint {path}: {error}.") from error
     state = RunState(**{name: content[name] for name in ("step", "data", "model", "ranks")})
     ours = shape_of(hf_config)
     differing = [f"{k} {state.model.get(k)} there, {v} here" for k, v in ours.items() if state.model.get(k) != v]

@@ -88,9 +88,9 @@ def test_missing_file(tmp_path):
 def test_world():
     config = config_load.build({"parallel.context": 2})
     config.check_world(4)
-    with pytest.raises(ValueError, match="parallel.context=2 does not divide the 3 ranks"):
+    with pytest.raises(ValueError, match="context=2 does not divide the 3 ranks"):
         config.check_world(3)
-    with pytest.raises(ValueError, match="parallel.ranks=8 but 4 ranks were started"):
+    with pytest.raises(ValueError, match="ranks=8 but 4 ranks were started"):
         config_load.build({"parallel.ranks": 8}).check_world(4)
     with pytest.raises(ValueError, match=r"data\.path='/nowhere/at/all' does not exist"):
         config_load.build({"data.source": "files", "data.path": "/nowhere/at/all"}).check_world(1)

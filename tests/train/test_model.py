@@ -28,7 +28,7 @@ def loss_and_gradients(model, packed, **mask):
     model.zero_grad()
     loss = model(packed.tokens[None], packed.labels[None], packed.positions[None], **mask)
     loss.backward()
-    return float(loss), gradients(model)
+    return float(loss.detach()), gradients(model)
 
 
 def separate():
@@ -43,7 +43,7 @@ def separate():
         model.zero_grad()
         loss = model(tokens[None], labels[None], torch.arange(n)[None], flashmask=FlashMask.from_lengths([n]))
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
         for name, gradient in gradients(model).items():
             summed[name] = summed.get(name, 0) + gradient
     return total, summed
@@ -72,7 +72,7 @@ def packed_on_rank():
     )
     loss = model(tokens, labels, positions, context=context)
     loss.backward()
-    return float(loss), gradients(model)
+    return float(loss.detach()), gradients(model)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -96,7 +96,7 @@ def test_equals_hugging_face_with_a_dense_mask():
     ).logits
     exact = F.cross_entropy(logits[0].double(), packed.labels, reduction="sum")
     exact.backward()
-    assert_same((loss, mine), (float(exact), {f"causal_lm.{n}": p.grad for n, p in plain.named_parameters()}))
+    assert_same((loss, mine), (float(exact.detach()), {f"causal_lm.{n}": p.grad for n, p in plain.named_parameters()}))
 
 
 def test_meta_build_has_the_buffers_of_a_plain_one():

@@ -1,4 +1,4 @@
-"""attn_implementation="fm_longctx": the mask reaches every layer, equals a dense one, and nothing is dropped silently."""
+"""attn_implementation="fm_longctx": the mask reaches every layer, equals a dense one, and is never dropped silently."""
 
 import pytest
 import torch

@@ -1,0 +1,122 @@
+"""The launcher as people start it: the demo for a few steps, and one message for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEMO = ["--config", "configs/demo_cpu.yaml"]
+TINY = [
+    *("--model.hidden_size", "32", "--model.intermediate_size", "48", "--model.num_hidden_layers", "1"),
+    *("--data.sequence_length", "256", "--data.max_bytes", "400", "--schedule.warmup_steps", "0"),
+]
+
+
+def launch(*arguments, ranks=2, script="launch/train.py"):
+    """Exit code, standard output and standard error; ranks=0 is plain python."""
+    runner = [sys.executable]
+    if ranks:
+        runner += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    done = subprocess.run(
+        [*runner, script, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_demo_for_a_few_steps(tmp_path):
+    code, out, err = launch(*DEMO, *TINY, "--train.steps", "3", "--train.folder", str(tmp_path / "run"))
+    assert code == 0, err
+    assert "data 1 x context 2" in out
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == [1, 2, 3]
+    assert steps[0]["loss"] == pytest.approx(5.6, abs=0.4)
+    assert {"config.yaml", "mask.png", "metrics.jsonl", "checkpoints"} == {p.name for p in (tmp_path / "run").iterdir()}
+
+    # The same folder, for another model: refused before any process group is made.
+    code, out, err = launch(
+        *DEMO,
+        *TINY,
+        "--train.folder",
+        str(tmp_path / "run"),
+        "--train.if_exists",
+        "resume",
+        "--model.num_hidden_layers=2",
+    )
+    assert code != 0
+    only_message(err, "is of another model: num_hidden_layers 1 there, 2 here")
+
+
+def only_message(err, words):
+    """One rank's message, no stack of ours, and torchrun's summary (which repeats it as the cause) after it."""
+    ours = [line for line in err.splitlines() if line.startswith("error: ") or "rank 1: " in line]
+    assert len(ours) == 1 and words in ours[0], err
+    assert "fm_longctx/train" not in err, err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--train.stpes", "3"], "unknown key train.stpes. Did you mean train.steps?"),
+        (["--parallel.context", "3"], "parallel.context=3 does not divide the 2 ranks of this job"),
+        (["--data.source=files", "--data.path=/nowhere/at/all"], "data.path='/nowhere/at/all' does not exist"),
+    ],
+)
+def test_bad_input_under_torchrun(arguments, words):
+    began = time.monotonic()
+    code, out, err = launch(*DEMO, *arguments)
+    assert code != 0
+    only_message(err, words)
+    assert not out
+    assert time.monotonic() - began < 60
+
+
+FAILS_ON_ONE_RANK = """
+import sys
+
+import torch.distributed as dist
+
+from fm_longctx.train import cli, engine, loop
+
+
+def run(config, resume):
+    world = engine.start(config)
+    if world.rank == 1:
+        raise loop.TrainingError("the second rank gives up")
+    dist.barrier()
+
+
+loop.run = run
+sys.exit(cli.main(sys.argv[1:], usage=""))
+"""
+
+
+def test_a_failure_of_one_rank_ends_the_job_with_its_message(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_ON_ONE_RANK)
+    code, _, err = launch(*DEMO, "--train.folder", str(tmp_path / "run"), script=str(script))
+    assert code != 0
+    assert [line for line in err.splitlines() if line.startswith(("error: ", "rank "))] == [
+        "rank 1: error: the second rank gives up"
+    ]
+
+
+def test_help_and_dry_run_need_no_ranks():
+    code, out, _ = launch("--help", ranks=0)
+    assert code == 0
+    assert "torchrun --nproc-per-node 2 launch/train.py" in out and "--parallel.context int (default 1)" in out
+    code, out, err = launch("--config", "configs/llama70b_128k.yaml", "--dry-run", ranks=0)
+    assert code == 0, err
+    assert "70,553,706,496 parameters" in out and "64 ranks = data 8 x context 8" in out
+    code, out, err = launch(*DEMO, "--dry-run", "--parallel.ranks", "3", ranks=0)
+    assert code == 2
+    assert err.splitlines() == [err.strip()] and "does not divide the 3 ranks" in err
