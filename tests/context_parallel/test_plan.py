@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.cases import cases
+from benchmarks.packs import pack
 from fm_longctx import FlashMask, ShardPlan
 from fm_longctx.context_parallel.plan import chunk_grid
 from fm_longctx.mask import builders
-from tests.context_parallel.packs import pack
 from tests.mask.oracle import dense_of_intervals, raw_masks
 
 CASES = [case.name for case in cases(64)]
