@@ -95,7 +95,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *received = ctx.saved_tensors
         context: ContextParallel = ctx.context
         exact = torch.promote_types(q.dtype, torch.float32)

@@ -111,7 +111,7 @@ def recompute_in_backward(layer: nn.Module) -> None:
     arguments, the mask among them, are passed to the recomputation as they were.
     """
     forward: Callable[..., Any] = layer.forward
-    layer.forward = partial(checkpoint, forward, use_reentrant=False)  # type: ignore[method-assign]
+    layer.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
