@@ -21,6 +21,49 @@ from fm_longctx.kernels.hopper.primitives import hide_rows
 
 
 @gluon.jit
+def _fetch(
+    i,
+    entry,
+    before,
+    k_desc,
+    v_desc,
+    bounds_desc,
+    k_s,
+    v_s,
+    bounds_s,
+    full,
+    empty,
+    b,
+    h_kv,
+    bounds_row,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+):
+    """Step i: K of tile i (its list entry) and V of tile i - 1 (`before`), which the consumers use together."""
+    stage = i % STAGES
+    n0 = (entry >> 1) * BLOCK_N
+    size: gl.constexpr = (k_desc.block_type.nbytes if K else 0) + (v_desc.block_type.nbytes if V else 0)
+    mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+    if K and INTERVALS > 0:
+        partial = (entry & 1) != 0
+        mbarrier.expect(full.index(stage), size + bounds_desc.block_type.nbytes, pred=partial)
+        mbarrier.expect(full.index(stage), size, pred=(entry & 1) == 0)
+        tma.async_copy_global_to_shared(
+            bounds_desc, [bounds_row, n0], full.index(stage), bounds_s.index(stage), pred=partial
+        )
+    else:
+        mbarrier.expect(full.index(stage), size)
+    if K:
+        tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], full.index(stage), k_s.index(stage))
+    if V:
+        v_n0 = (before >> 1) * BLOCK_N
+        tma.async_copy_global_to_shared(v_desc, [b, v_n0, h_kv, 0], full.index(stage), v_s.index(stage))
+
+
+@gluon.jit
 def _produce(
     q_desc,
     k_desc,
@@ -31,10 +74,8 @@ def _produce(
     v_s,
     bounds_s,
     q_full,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
+    full,
+    empty,
     p_entries,
     count,
     b,
@@ -49,36 +90,37 @@ def _produce(
     for w in gl.static_range(2):
         mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [b, m0 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
-    for i in range(count):
-        stage = i % STAGES
-        free = ((i // STAGES) & 1) ^ 1
-        entry = gl.load(p_entries + i)
-        n0 = (entry >> 1) * BLOCK_N
-        mbarrier.wait(k_empty.index(stage), free)
-        if INTERVALS > 0:
-            partial = (entry & 1) != 0
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes + bounds_desc.block_type.nbytes, pred=partial)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes, pred=not partial)
-            tma.async_copy_global_to_shared(
-                bounds_desc, [bounds_row, n0], k_full.index(stage), bounds_s.index(stage), pred=partial
-            )
-        else:
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], k_full.index(stage), k_s.index(stage))
-        mbarrier.wait(v_empty.index(stage), free)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], v_full.index(stage), v_s.index(stage))
+    if count > 0:
+        entry = gl.load(p_entries)
+        # fmt: off
+        _fetch(0, entry, entry, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv, bounds_row,
+               BLOCK_N, STAGES, INTERVALS, K=True, V=False)
+        for i in range(1, count):
+            before = entry
+            entry = gl.load(p_entries + i)
+            _fetch(i, entry, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv, bounds_row,
+                   BLOCK_N, STAGES, INTERVALS, K=True, V=True)
+        _fetch(count, entry, entry, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv, bounds_row,
+               BLOCK_N, STAGES, INTERVALS, K=False, V=True)
+        # fmt: on
 
 
 @gluon.jit
-def _softmax(s, b_top, b_sum, scale_log2):
-    """p, the new maxima and sums, and the factor by which older results decay."""
+def _sum_in_thread(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """`[ROWS, COLUMNS]` to `[ROWS, 8]`: what a thread holds of a row is added up; its quad's four parts stay apart."""
+    return gl.sum(gl.reshape(p, [ROWS, COLUMNS // 8, 8]), 1)
+
+
+@gluon.jit
+def _softmax(s, b_top, b_sum, scale_log2, BLOCK_N: gl.constexpr):
+    """p, the new maxima and (split) sums, and the factor by which older results decay."""
     b_new = gl.maximum(b_top, gl.max(s, 1))
     # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
     b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
     p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor, 1))
     b_decay = gl.exp2(b_top * scale_log2 - b_anchor)
-    return p, b_new, b_sum * b_decay + gl.sum(p, 1), b_decay
+    split_decay = gl.expand_dims(gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout)), 1)
+    return p, b_new, b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay
 
 
 @gluon.jit
@@ -93,10 +135,8 @@ def _consume(
     v_s,
     bounds_s,
     q_full,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
+    full,
+    empty,
     turn,
     p_entries,
     count,
@@ -125,35 +165,33 @@ def _consume(
     scale_log2 = scale * LOG2E
     o_m = m0 + 64 * w + gl.arange(0, 64, layout=S_ROW)
     b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
-    b_sum = gl.full([64], 0.0, gl.float32, S_ROW)
     b_out = gl.full([64, D_V], 0.0, gl.float32, O)
     blank = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
+    split_sum = _sum_in_thread(blank, 64, BLOCK_N)
     q = q_s.index(w).reshape([64, D])
     mbarrier.wait(q_full.index(w), 0)
 
     if count > 0:
         entry = gl.load(p_entries)
-        mbarrier.wait(k_full.index(0), 0)
+        mbarrier.wait(full.index(0), 0)
         k = k_s.index(0).reshape([BLOCK_N, D])
         s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         if entry & 1:
             s = hide_rows(s, o_m, (entry >> 1) * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
-        mbarrier.arrive(k_empty.index(0), count=1)
-        p, b_top, b_sum, b_decay = _softmax(s, b_top, b_sum, scale_log2)
+        mbarrier.arrive(empty.index(0), count=1)
+        p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
         p = gl.convert_layout(p.to(dtype), P)
-        mbarrier.wait(v_full.index(0), 0)
 
         for i in range(1, count):
             stage = i % STAGES
             phase = (i // STAGES) & 1
-            before = (i - 1) % STAGES
             entry = gl.load(p_entries + i)
-            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.wait(full.index(stage), phase)
             if PING_PONG:
                 mbarrier.wait(turn.index(w), (i - 1) & 1)
             k = k_s.index(stage).reshape([BLOCK_N, D])
-            v = v_s.index(before).reshape([BLOCK_N, D_V])
+            v = v_s.index(stage).reshape([BLOCK_N, D_V])
             s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
             token = warpgroup_mma(p, v, b_out, is_async=True)
             if PING_PONG:
@@ -162,20 +200,23 @@ def _consume(
             if entry & 1:
                 n0 = (entry >> 1) * BLOCK_N
                 s = hide_rows(s, o_m, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            p32, b_top, b_sum, b_decay = _softmax(s, b_top, b_sum, scale_log2)
+            p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
             p16 = p32.to(dtype)
-            # Also keeps ptxas from hoisting the next wait above the softmax: a spin loop ends the basic block.
-            mbarrier.wait(v_full.index(stage), phase)
+            # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting the
+            # wait for P V above the softmax that is to hide it.
+            mbarrier.wait(full.index(stage), phase)
             b_out = warpgroup_mma_wait(0, deps=(token,))
-            mbarrier.arrive(v_empty.index(before), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
             p = gl.convert_layout(p16, P)
 
-        v = v_s.index((count - 1) % STAGES).reshape([BLOCK_N, D_V])
+        stage = count % STAGES
+        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+        v = v_s.index(stage).reshape([BLOCK_N, D_V])
         token = warpgroup_mma(p, v, b_out, is_async=True)
         b_out = warpgroup_mma_wait(0, deps=(token,))
 
+    b_sum = gl.convert_layout(gl.sum(split_sum, 1), S_ROW)
     seen = b_sum > 0.0
     b_sum = gl.where(seen, b_sum, 1.0)
     b_out = b_out * gl.expand_dims(gl.convert_layout(1.0 / b_sum, O_ROW), 1)
@@ -241,19 +282,15 @@ def forward_kernel(
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, D_V], v_desc.layout)
     bounds_s = gl.allocate_shared_memory(gl.int32, [STAGES, bounds_desc.block_shape[0], BLOCK_N], bounds_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for w in gl.static_range(2):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(turn.index(w), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
     if PING_PONG:
         mbarrier.arrive(turn.index(0), count=1)
     fence_async_shared()
@@ -261,14 +298,14 @@ def forward_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, k_full, k_empty, v_full,
-                        v_empty, turn, p_entries, count, b, h, m0, n_q, n_k, scale,
+            (_consume, (0, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
+                        p_entries, count, b, h, m0, n_q, n_k, scale,
                         BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
-            (_consume, (1, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, k_full, k_empty, v_full,
-                        v_empty, turn, p_entries, count, b, h, m0, n_q, n_k, scale,
+            (_consume, (1, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
+                        p_entries, count, b, h, m0, n_q, n_k, scale,
                         BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
-            (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, q_full, k_full, k_empty, v_full,
-                        v_empty, p_entries, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
+            (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, q_full, full, empty,
+                        p_entries, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
                         BLOCK_N, STAGES, INTERVALS)),
         ],
         [4, 1],

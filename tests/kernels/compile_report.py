@@ -1,0 +1,124 @@
+"""Compile shipped kernels for a GPU that need not be there, and report what ptxas says of each, as JSON lines.
+
+A process of its own: where the suite interprets kernels, they cannot be compiled. Arguments are names from KERNELS.
+Gluon's and Triton's compilers come with their wheels, and so do ptxas and nvdisasm.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import JITFunction
+
+from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
+from fm_longctx.kernels.blocks import choose
+from fm_longctx.kernels.forward import forward_kernel
+from fm_longctx.kernels.hopper import forward as hopper_forward
+from fm_longctx.kernels.hopper import launch
+
+INTEGERS = {"n_q", "n_k", "heads", "mask_batch", "mask_heads"}
+PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        kind, *parts = name.split("-")
+        report = hopper(*map(int, parts)) if kind == "hopper" else portable(kind, *map(int, parts))
+        print(json.dumps({"name": name} | report), flush=True)
+
+
+def portable(kind: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
+    block = getattr(choose(divmod(capability, 10), 2, d), kind)
+    constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
+    constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, UPCAST=False)
+    options = dict(num_warps=block.warps, num_stages=block.stages)
+    return resources(PORTABLE[kind], {}, constants, capability, options)
+
+
+def hopper(d: int, intervals: int, causal: int) -> dict[str, Any]:
+    config = launch.FORWARD[d]
+
+    def matrix(rows: int) -> str:
+        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4, transposed=False, "
+        return f"tensordesc<bf16[1, {rows}, 1, {d}],{layout}fp4_padded=False, cga_layout=[])>"
+
+    layout = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2, transposed=False, "
+    rows = max(2, triton.next_power_of_2(2 * intervals))
+    types = {
+        "q_desc": matrix(64),
+        "k_desc": matrix(config.block_n),
+        "v_desc": matrix(config.block_n),
+        "out_desc": matrix(64),
+        "bounds_desc": f"tensordesc<i32[{rows}, {config.block_n}],{layout}fp4_padded=False, cga_layout=[])>",
+    }
+    constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, D_V=d, STAGES=config.stages, INTERVALS=intervals)
+    constants |= dict(CAUSAL=bool(causal), TMA_STORE=True, PING_PONG=config.ping_pong)
+    constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
+    return resources(hopper_forward.forward_kernel, types, constants, 90, dict(num_warps=4))
+
+
+def resources(
+    kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, int]
+) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory, ptxas's warnings, and the order of the wgmma waits and exponentials."""
+    signature: dict[str, str] = {}
+    divisible = {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+        else:
+            signature[name] = _type(name)
+            if signature[name][0] == "*" or name.startswith("stride"):
+                divisible[(index,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, values, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+    target = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        command = [nvidia.get_ptxas(capability).path, "-v", f"--gpu-name={target}", ptx, "-o", cubin]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spills and registers, log
+    return {
+        "registers": int(registers[1]),
+        "spilled": int(spills[1]) + int(spills[2]),
+        "shared": compiled.metadata.shared,
+        "warnings": [line for line in log.splitlines() if "C75" in line],
+        "order": re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass),
+    }
+
+
+def _type(name: str) -> str:
+    if name in ("p_lse", "p_delta"):
+        return "*fp32"
+    if name in ("p_starts", "p_ends", "p_offsets", "p_entries", "p_order"):
+        return "*i32"
+    if name.startswith("p_"):
+        return "*bf16"
+    if name in INTEGERS or name.startswith("stride"):
+        return "i32"
+    assert name == "scale", name
+    return "fp32"
+
+
+if __name__ == "__main__":
+    main()

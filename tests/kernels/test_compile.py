@@ -1,0 +1,46 @@
+"""A kernel that spills, serialises wgmma, loses its overlap or outgrows shared memory fails here, on any machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Bytes a block may have: sm_80, sm_90 and sm_100 (CUDA programming guide, compute capabilities).
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+HOPPER = ["hopper-64-1-1", "hopper-128-0-1", "hopper-128-2-0", "hopper-128-3-0", "hopper-256-1-1"]
+PORTABLE = [f"{kind}-{cap}-128-1" for cap in SHARED for kind in ("forward", "query", "key")]
+# Bytes spilled that are known and measured to be worth it: 64x64 with 4 warps was the fastest dK, dV block.
+SPILLS = {"key-90-128-1": 512, "key-100-128-1": 512}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    pytest.importorskip("triton.experimental.gluon")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_report", *HOPPER, *PORTABLE]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return {report["name"]: report for report in map(json.loads, run.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", HOPPER + PORTABLE)
+def test_resources(name, reports):
+    report = reports[name]
+    capability = 90 if name in HOPPER else int(name.split("-")[1])
+    assert report["spilled"] <= SPILLS.get(name, 0)
+    assert report["warnings"] == []  # C7511, C7512, C7515: wgmma is serialised
+    assert report["shared"] <= SHARED[capability]
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_softmax_overlaps_the_second_product(name, reports):
+    """Between the wait for S and the wait for P V lie the exponentials of a whole tile, in the main loop."""
+    order = [step.replace("WARPGROUP.DEPBAR.LE gsb0, ", "wait ") for step in reports[name]["order"]]
+    waits = [i for i, step in enumerate(order) if step == "wait 0x1"]
+    assert len(waits) == 2  # one main loop in each consumer
+    for wait in waits:
+        following = order[wait + 1 : order.index("wait 0x0", wait)]
+        # A thread has 64 x BLOCK_N / 128 scores: 32 at the least.
+        assert following.count("MUFU.EX2") >= 32, following
