@@ -34,19 +34,19 @@ class Assignment(NamedTuple):
         return self.received + 5.0 * max(0.0, self.imbalance - 1 - TOLERANCE)
 
 
-def assign(area: Ints, visible: Ints, odd: Bools, world_size: int) -> Assignment:
+def assign(area: Ints, visible: Ints, sizes: Ints, odd: Bools, world_size: int) -> Assignment:
     """The cheapest of a contiguous, a zigzag and an affine assignment. Deterministic.
 
     Args:
         area: unmasked scores of each row chunk, `[chunks]`.
-        visible: how many columns of chunk c row chunk r sees, `[r, c]`, on the diagonal all of them. A rank is taken to
-            need of a chunk as many columns as its most demanding row chunk: exact for packed causal documents.
+        visible: how many columns of chunk c row chunk r sees, `[r, c]`. A rank is taken to need of a chunk as many
+            columns as its most demanding row chunk: exact for packed causal documents.
+        sizes: positions of each chunk, `[chunks]`.
         odd: `[chunks]`: chunks of another size than the rest; a rank owns at most one. As `chunk_grid` makes them: the
             last chunk of each of `world_size` equal groups.
         world_size: ranks.
     """
     chunks = len(area)
-    sizes = np.diagonal(visible)
     remote = visible.astype(np.float64)
     np.fill_diagonal(remote, 0.0)
     if chunks <= world_size:

@@ -285,7 +285,7 @@ def _layout(masks: Sequence[FlashMask], world_size: int, chunk_size: int) -> tup
         mask_area, mask_visible = chunk_tables(segments(mask, bounds), bounds)
         area += mask_area.sum(1)
         visible = np.maximum(visible, mask_visible)
-    assignment = assign(area, visible, odd, world_size)
+    assignment = assign(area, visible, np.diff(bounds), odd, world_size)
     return bounds, np.bincount(assignment.owners, area, world_size).astype(np.int64), assignment
 
 

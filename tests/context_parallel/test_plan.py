@@ -228,7 +228,7 @@ def test_planning_needs_neither_kernels_nor_collectives():
         "'fm_longctx.attention', 'fm_longctx.context_parallel.exchange', 'fm_longctx.context_parallel.context'))];"
         "assert not loaded, loaded"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 # Quality
