@@ -18,15 +18,18 @@ class Blocks(NamedTuple):
     """The dK, dV kernel."""
 
 
-# 16-bit inputs. Keys: (architecture, padded head dimension). 90: fastest on an H200 over causal and packed causal
-# documents at 32K (benchmarks/blocks.py), D 256 and all of 80 by the compiler's resource report.
+# 16-bit inputs. Keys: (architecture, padded head dimension). 90 at D 64 and 128: fastest on an H200 over causal and
+# packed causal documents at 32K (benchmarks/blocks.py) of those that do not spill. The others by the compiler's resource report, unmeasured.
 _HALF = {
     (80, 64): Blocks(Block(128, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
     (80, 128): Blocks(Block(128, 64, 8, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
     (80, 256): Blocks(Block(32, 64, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
     (90, 64): Blocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 1)),
-    (90, 128): Blocks(Block(128, 64, 4, 2), Block(128, 32, 8, 3), Block(64, 64, 4, 2)),
+    (90, 128): Blocks(Block(128, 64, 8, 3), Block(128, 32, 8, 3), Block(64, 64, 4, 2)),
     (90, 256): Blocks(Block(128, 64, 8, 2), Block(64, 32, 8, 1), Block(32, 64, 8, 1)),
+    (100, 64): Blocks(Block(128, 64, 8, 3), Block(64, 64, 4, 2), Block(32, 64, 4, 1)),
+    (100, 128): Blocks(Block(128, 64, 8, 3), Block(128, 32, 8, 3), Block(64, 64, 4, 2)),
+    (100, 256): Blocks(Block(128, 64, 8, 2), Block(64, 32, 8, 1), Block(32, 64, 8, 1)),
 }
 # float32 products run on the plain arithmetic units; any architecture.
 _FULL = {
@@ -45,4 +48,5 @@ def choose(capability: tuple[int, int] | None, element_size: int, head_dim: int)
     padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if element_size == 4:
         return _FULL[padded]
-    return _HALF[90 if capability >= (9, 0) else 80, padded]
+    architecture = 100 if capability >= (10, 0) else 90 if capability >= (9, 0) else 80
+    return _HALF[architecture, padded]
