@@ -21,16 +21,23 @@ def launch(*arguments, ranks=2, script="launch/train.py"):
     """Exit code, standard output and standard error; ranks=0 is plain python."""
     runner = [sys.executable]
     if ranks:
-        runner += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-    done = subprocess.run(
+        runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
         [*runner, script, *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
+        start_new_session=True,
     )
-    return done.returncode, done.stdout, done.stderr
+    try:
+        out, err = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        # The ranks are in sessions of torchrun's making; ending torchrun gently ends them.
+        process.terminate()
+        raise
+    return process.returncode, out, err
 
 
 def test_the_demo_for_a_few_steps(tmp_path):
