@@ -44,7 +44,7 @@ def test_equals_whole_logits(chunk, dtype, tolerance):
 def test_bfloat16_keeps_the_loss_in_float32_and_rounds_gradients_once():
     """The sum of 2000 losses: bf16 sums would be off by whole nats; and the weight's gradient by many roundings."""
     hidden, weight, labels = case(2001, 24, 111, torch.bfloat16)
-    loss, d_hidden, d_weight = chunked(hidden, weight, labels, 1 / 1600, 64)
+    loss, d_hidden, d_weight = chunked(hidden, weight, labels, 1 / 1600, 8)
     exact, exact_hidden, exact_weight = whole(hidden, weight, labels, 1 / 1600)
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(exact)) <= 1e-6 * float(exact)
@@ -52,7 +52,7 @@ def test_bfloat16_keeps_the_loss_in_float32_and_rounds_gradients_once():
     # d logits is rounded once (a product's operand) and the gradient once.
     for mine, want in ((d_hidden, exact_hidden), (d_weight, exact_weight)):
         assert mine.dtype == torch.bfloat16
-        assert (mine.double() - want).abs().max() <= 2 * epsilon * want.abs().max()
+        assert (mine.double() - want).abs().max() <= epsilon * want.abs().max()
 
 
 def test_leading_dimensions_and_no_labels():
