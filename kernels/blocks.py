@@ -18,8 +18,9 @@ class Blocks(NamedTuple):
     """The dK, dV kernel."""
 
 
-# 16-bit inputs. Keys: (architecture, padded head dimension). 90 at D 64 and 128: fastest on an H200 over causal and
-# packed causal documents at 32K (benchmarks/blocks.py) of those that do not spill. The others by the compiler's resource report, unmeasured.
+# 16-bit inputs. Keys: (architecture, padded head dimension). 90 at D 64 and 128: the fastest that do not spill in the
+# forward, on an H200 over causal and packed causal documents at 32K (benchmarks/blocks.py). The others by the
+# compiler's resource report, unmeasured.
 _HALF = {
     (80, 64): Blocks(Block(128, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
     (80, 128): Blocks(Block(128, 64, 8, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 2)),

@@ -82,9 +82,10 @@ def forward_kernel(
             b_s = tl.where(see, b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
         # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
-        b_anchor = tl.where(b_new == float("-inf"), 0.0, b_new) * (scale * LOG2E)
-        b_p = tl.exp2(b_s * (scale * LOG2E) - b_anchor[:, None])
-        b_decay = tl.exp2(b_top * (scale * LOG2E) - b_anchor)
+        b_anchor = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s * (scale * LOG2E) - (b_anchor * (scale * LOG2E))[:, None])
+        # The difference first: an unchanged maximum then decays by exactly 1, so a tile that is hidden changes no bit.
+        b_decay = tl.exp2((b_top - b_anchor) * (scale * LOG2E))
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         # [BN, DV]
         b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)

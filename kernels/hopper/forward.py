@@ -116,9 +116,10 @@ def _softmax(s, b_top, b_sum, scale_log2, BLOCK_N: gl.constexpr):
     """p, the new maxima and (split) sums, and the factor by which older results decay."""
     b_new = gl.maximum(b_top, gl.max(s, 1))
     # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
-    b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor, 1))
-    b_decay = gl.exp2(b_top * scale_log2 - b_anchor)
+    b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor * scale_log2, 1))
+    # The difference first: an unchanged maximum then decays by exactly 1, so a tile that is hidden changes no bit.
+    b_decay = gl.exp2((b_top - b_anchor) * scale_log2)
     split_decay = gl.expand_dims(gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout)), 1)
     return p, b_new, b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay
 
