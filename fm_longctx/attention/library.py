@@ -24,7 +24,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, scale: float, backe
         keys += [key for key in load_backend(backend).lists_needed(q, v, backward=True) if key not in keys]
     lists: list[Tensor] = []
     for block_m, block_n, by_row in keys:
-        lists += tile_lists(mask, block_m, block_n, by_row=by_row)
+        built = tile_lists(mask, block_m, block_n, by_row=by_row)
+        lists.extend((built.offsets, built.entries, built.order))
     flat_keys = [int(part) for key in keys for part in key]
     return _forward(q, k, v, mask.starts, mask.ends, lists, flat_keys, mask.causal, scale, backend)
 
