@@ -18,8 +18,8 @@ from benchmarks.cases import document_lengths
 from benchmarks.environment import environment
 from fm_longctx.kernels import portable
 from fm_longctx.kernels.blocks import Block, Blocks
+from fm_longctx.kernels.schedule import tile_runs
 from fm_longctx.mask import FlashMask, builders
-from fm_longctx.mask.schedule import tile_lists
 
 FORWARD = [
     *(Block(128, n, 8, s) for n in (64, 128) for s in (2, 3)),
@@ -79,7 +79,7 @@ def time_candidates(name: str, mask: FlashMask, n: int, h: int, d: int) -> None:
             chosen: Blocks = default._replace(**{kernel: block})
             portable.choose, kept = (lambda *_, chosen=chosen: chosen), portable.choose
             try:
-                tile_lists(mask, block.m, block.n, by_row=kernel != "key")
+                tile_runs(mask, block.m, block.n, by_row=kernel != "key")
                 times[block] = do_bench(run, warmup=20, rep=80, return_mode="median")
             except OutOfResources:
                 continue

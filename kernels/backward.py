@@ -6,7 +6,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, split in two so that e
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import load_rows, tile_list, visible
+from fm_longctx.kernels.primitives import cap_scores, load_rows, next_tile, open_list, visible
 
 
 @triton.jit
@@ -20,8 +20,9 @@ def backward_q_kernel(
     p_dq,
     p_starts,
     p_ends,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
+    p_tiles,
     p_order,
     stride_qb,
     stride_qn,
@@ -43,10 +44,13 @@ def backward_q_kernel(
     heads,
     mask_batch,
     mask_heads,
+    intervals,
     scale,
+    softcap,
     KV_SHARE: tl.constexpr,
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     D: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -58,9 +62,10 @@ def backward_q_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-    block, begin, end = tile_list(p_offsets, p_order, tl.program_id(0), group, tl.num_programs(0))
-    p_starts += group * INTERVALS * n_k
-    p_ends += group * INTERVALS * n_k
+    first = group * tl.num_programs(0)
+    block = tl.load(p_order + first + tl.program_id(0))
+    p_starts += group * intervals * n_k
+    p_ends += group * intervals * n_k
     p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
     p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
 
@@ -79,22 +84,28 @@ def backward_q_kernel(
     b_delta = tl.load(p_delta + p_row, mask=inside, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    for i in range(begin, end):
-        entry = tl.load(p_entries + i)
-        n0 = (entry >> 1) * BLOCK_N
+    factor = 1.0 if SOFTCAP else scale
+    run, tile, end, partial = open_list(p_first, p_runs, first + block)
+    for _ in range(tl.load(p_tiles + first + block)):
+        n0 = tile * BLOCK_N
         # [BN, D], [BN, DV]
         b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
         b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
         # [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[:, None])
-        if entry & 1:
+        if SOFTCAP:
+            b_s = cap_scores(b_s, scale, softcap)
+        b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[:, None])
+        if partial:
             o_n = n0 + tl.arange(0, BLOCK_N)
-            see = visible(o_m[:, None], o_n[None, :], p_starts, p_ends, n_q, n_k, CAUSAL, INTERVALS)
+            see = visible(o_m[:, None], o_n[None, :], p_starts, p_ends, n_q, n_k, intervals, CAUSAL, INTERVALS)
             b_p = tl.where(see, b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
+        if SOFTCAP:
+            b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
 
     p_dq += b * stride_dqb + h * stride_dqh
     p_rows = p_dq + o_m[:, None].to(tl.int64) * stride_dqn + o_d
@@ -113,8 +124,9 @@ def backward_kv_kernel(
     p_dv,
     p_starts,
     p_ends,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
+    p_tiles,
     p_order,
     stride_qb,
     stride_qn,
@@ -139,10 +151,13 @@ def backward_kv_kernel(
     heads,
     mask_batch,
     mask_heads,
+    intervals,
     scale,
+    softcap,
     KV_SHARE: tl.constexpr,
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     D: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -156,8 +171,8 @@ def backward_kv_kernel(
     blocks = tl.num_programs(0)
     # The first query head's order serves the whole group of heads: it only decides when a block runs.
     mask_head = h_kv * KV_SHARE // (heads // mask_heads)
-    first = (b % mask_batch) * mask_heads + mask_head
-    block = tl.load(p_order + first * blocks + tl.program_id(0))
+    first = ((b % mask_batch) * mask_heads + mask_head) * blocks
+    block = tl.load(p_order + first + tl.program_id(0))
 
     n0 = block * BLOCK_N
     o_n = n0 + tl.arange(0, BLOCK_N)
@@ -169,18 +184,17 @@ def backward_kv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
+    factor = 1.0 if SOFTCAP else scale
     # The query heads that share this key/value head are summed here, in order, instead of by atomics.
     for shared in range(KV_SHARE):
         h = h_kv * KV_SHARE + shared
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-        begin = tl.load(p_offsets + group * blocks + block)
-        end = tl.load(p_offsets + group * blocks + block + 1)
         p_q_h = p_q + b * stride_qb + h * stride_qh
         p_do_h = p_dout + b * stride_ob + h * stride_oh
         p_row = (b * heads + h) * n_q
-        for i in range(begin, end):
-            entry = tl.load(p_entries + i)
-            m0 = (entry >> 1) * BLOCK_M
+        run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
+        for _ in range(tl.load(p_tiles + group * blocks + block)):
+            m0 = tile * BLOCK_M
             o_m = m0 + tl.arange(0, BLOCK_M)
             inside = o_m < n_q
             # [BM, D], [BM, DV]
@@ -191,17 +205,20 @@ def backward_kv_kernel(
             b_delta = tl.load(p_delta + p_row + o_m, mask=inside, other=0.0)
             # [BN, BM]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-            b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
-            if entry & 1:
-                p_mask = group * INTERVALS * n_k
-                see = visible(
-                    o_m[None, :], o_n[:, None], p_starts + p_mask, p_ends + p_mask, n_q, n_k, CAUSAL, INTERVALS
-                )
+            if SOFTCAP:
+                b_s = cap_scores(b_s, scale, softcap)
+            b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[None, :])
+            if partial:
+                p_s, p_e = p_starts + group * intervals * n_k, p_ends + group * intervals * n_k
+                see = visible(o_m[None, :], o_n[:, None], p_s, p_e, n_q, n_k, intervals, CAUSAL, INTERVALS)
                 b_p = tl.where(see, b_p, 0.0)
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
             b_ds = b_p * (b_dp - b_delta[None, :])
+            if SOFTCAP:
+                b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
 
     inside_n = (o_n < n_k)[:, None]
     p_dk += b * stride_dkb + h_kv * stride_dkh

@@ -6,7 +6,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's vi
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import load_rows, tile_list, visible
+from fm_longctx.kernels.primitives import cap_scores, load_rows, next_tile, open_list, visible
 
 
 @triton.jit
@@ -18,8 +18,9 @@ def forward_kernel(
     p_lse,
     p_starts,
     p_ends,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
+    p_tiles,
     p_order,
     stride_qb,
     stride_qn,
@@ -38,10 +39,13 @@ def forward_kernel(
     heads,
     mask_batch,
     mask_heads,
+    intervals,
     scale,
+    softcap,
     KV_SHARE: tl.constexpr,  # query heads a key/value head
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     D: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -53,9 +57,10 @@ def forward_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-    block, begin, end = tile_list(p_offsets, p_order, tl.program_id(0), group, tl.num_programs(0))
-    p_starts += group * INTERVALS * n_k
-    p_ends += group * INTERVALS * n_k
+    first = group * tl.num_programs(0)
+    block = tl.load(p_order + first + tl.program_id(0))
+    p_starts += group * intervals * n_k
+    p_ends += group * intervals * n_k
     p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
     p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
 
@@ -69,33 +74,38 @@ def forward_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    for i in range(begin, end):
-        entry = tl.load(p_entries + i)
-        n0 = (entry >> 1) * BLOCK_N
+    # What multiplies a score before the exponential: capped scores are scaled already.
+    factor = 1.0 if SOFTCAP else scale
+    run, tile, end, partial = open_list(p_first, p_runs, first + block)
+    for _ in range(tl.load(p_tiles + first + block)):
+        n0 = tile * BLOCK_N
         # [BN, D]
         b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
         # [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        if entry & 1:
+        if SOFTCAP:
+            b_s = cap_scores(b_s, scale, softcap)
+        if partial:
             o_n = n0 + tl.arange(0, BLOCK_N)
-            see = visible(o_m[:, None], o_n[None, :], p_starts, p_ends, n_q, n_k, CAUSAL, INTERVALS)
+            see = visible(o_m[:, None], o_n[None, :], p_starts, p_ends, n_q, n_k, intervals, CAUSAL, INTERVALS)
             b_s = tl.where(see, b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
         # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
         b_anchor = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s * (scale * LOG2E) - (b_anchor * (scale * LOG2E))[:, None])
+        b_p = tl.exp2(b_s * (factor * LOG2E) - (b_anchor * (factor * LOG2E))[:, None])
         # The difference first: an unchanged maximum then decays by exactly 1, so a tile that is hidden changes no bit.
-        b_decay = tl.exp2((b_top - b_anchor) * (scale * LOG2E))
+        b_decay = tl.exp2((b_top - b_anchor) * (factor * LOG2E))
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         # [BN, DV]
         b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
         b_out = b_out * b_decay[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
         b_top = b_new
+        run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
 
     seen = b_sum > 0.0
     b_out = b_out / tl.where(seen, b_sum, 1.0)[:, None]
-    b_lse = tl.where(seen, b_top * scale + tl.log(tl.where(seen, b_sum, 1.0)), float("-inf"))
+    b_lse = tl.where(seen, b_top * factor + tl.log(tl.where(seen, b_sum, 1.0)), float("-inf"))
     inside = o_m < n_q
     tl.store(p_lse + (b * heads + h) * n_q + o_m, b_lse, mask=inside)
     p_out += b * stride_ob + h * stride_oh

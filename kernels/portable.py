@@ -9,16 +9,21 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
 from fm_longctx.kernels.blocks import Blocks, choose
+from fm_longctx.kernels.delta import compute_delta as compute_delta
 from fm_longctx.kernels.forward import forward_kernel
+from fm_longctx.kernels.schedule import TileRuns, tile_runs
 from fm_longctx.mask import FlashMask
-from fm_longctx.mask.schedule import tile_lists
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+# Intervals a column for which the kernels are unrolled; for more, one kernel loops over however many there are.
+MAX_UNROLLED = 4
+Schedule = TileRuns
+schedule = tile_runs
 _INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 
 
-def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
+def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str | None:
     """Why the kernels cannot run on these inputs, or None if they can. Any number of intervals will do."""
     d = max(q.shape[-1], v.shape[-1])
     if q.dtype not in DTYPES:
@@ -37,8 +42,8 @@ def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
     return None
 
 
-def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int, bool]]:
-    """(block_m, block_n, by_row) of every tile list that a pass over these inputs reads."""
+def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
+    """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
     blocks = _blocks(q, v)
     if not backward:
         return [(blocks.forward.m, blocks.forward.n, True)]
@@ -46,7 +51,14 @@ def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, *, scale: float, out_dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """As `fm_longctx.attention.passes.attention_forward`."""
     (b, n_q, h, _), d_v = q.shape, v.shape[-1]
@@ -56,9 +68,9 @@ def forward(
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     block = _blocks(q, v).forward
-    lists = tile_lists(mask, block.m, block.n, by_row=True)
+    runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
-        forward_kernel[(lists.order.shape[1], h, b)](
+        forward_kernel[(runs.order.shape[1], h, b)](
             q,
             k,
             v,
@@ -66,11 +78,12 @@ def forward(
             lse,
             mask.starts,
             mask.ends,
-            *lists,
+            *runs,
             *_strides(q, k, v, out),
             *_sizes(q, k, mask),
             scale,
-            **_constants(q, k, v, mask),
+            softcap or 0.0,
+            **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
             num_warps=block.warps,
@@ -89,12 +102,14 @@ def backward(
     mask: FlashMask,
     *,
     scale: float,
+    softcap: float | None = None,
     grad_dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fm_longctx.attention.passes.attention_backward`."""
+    """As `fm_longctx.attention.passes.attention_backward`. Deterministic whether asked to be or not."""
     arguments = (dout.to(q.dtype), q, k, v, lse, delta, mask)
-    dq = query_gradient(*arguments, scale=scale, grad_dtype=grad_dtype)
-    dk, dv = key_gradients(*arguments, scale=scale, grad_dtype=grad_dtype)
+    dq = query_gradient(*arguments, scale=scale, softcap=softcap, grad_dtype=grad_dtype)
+    dk, dv = key_gradients(*arguments, scale=scale, softcap=softcap, grad_dtype=grad_dtype)
     return dq, dk, dv
 
 
@@ -108,6 +123,7 @@ def query_gradient(
     mask: FlashMask,
     *,
     scale: float,
+    softcap: float | None = None,
     grad_dtype: torch.dtype,
 ) -> Tensor:
     """dq of `backward`."""
@@ -116,9 +132,9 @@ def query_gradient(
         return dq.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
     block = _blocks(q, v).query
-    lists = tile_lists(mask, block.m, block.n, by_row=True)
+    runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
-        backward_q_kernel[(lists.order.shape[1], q.shape[2], q.shape[0])](
+        backward_q_kernel[(runs.order.shape[1], q.shape[2], q.shape[0])](
             q,
             k,
             v,
@@ -128,11 +144,12 @@ def query_gradient(
             dq,
             mask.starts,
             mask.ends,
-            *lists,
+            *runs,
             *_strides(q, k, v, dout, dq),
             *_sizes(q, k, mask),
             scale,
-            **_constants(q, k, v, mask),
+            softcap or 0.0,
+            **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
             num_warps=block.warps,
@@ -151,6 +168,7 @@ def key_gradients(
     mask: FlashMask,
     *,
     scale: float,
+    softcap: float | None = None,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """dk, dv of `backward`."""
@@ -159,9 +177,9 @@ def key_gradients(
         return dk.zero_(), dv.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
     block = _blocks(q, v).key
-    lists = tile_lists(mask, block.m, block.n, by_row=False)
+    runs = tile_runs(mask, block.m, block.n, by_row=False)
     with torch.cuda.device_of(q):
-        backward_kv_kernel[(lists.order.shape[1], k.shape[2], k.shape[0])](
+        backward_kv_kernel[(runs.order.shape[1], k.shape[2], k.shape[0])](
             q,
             k,
             v,
@@ -172,11 +190,12 @@ def key_gradients(
             dv,
             mask.starts,
             mask.ends,
-            *lists,
+            *runs,
             *_strides(q, k, v, dout, dk, dv),
             *_sizes(q, k, mask),
             scale,
-            **_constants(q, k, v, mask),
+            softcap or 0.0,
+            **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
             num_warps=block.warps,
@@ -199,16 +218,17 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _sizes(q: Tensor, k: Tensor, mask: FlashMask) -> tuple[int, int, int, int, int]:
-    return q.shape[1], k.shape[1], q.shape[2], mask.batch, mask.heads
+def _sizes(q: Tensor, k: Tensor, mask: FlashMask) -> tuple[int, int, int, int, int, int]:
+    return q.shape[1], k.shape[1], q.shape[2], mask.batch, mask.heads, mask.num_intervals
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask) -> dict[str, int | bool]:
+def _constants(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, softcap: float | None) -> dict[str, int | bool]:
     d, d_v = q.shape[-1], v.shape[-1]
     return {
         "KV_SHARE": q.shape[2] // k.shape[2],
         "CAUSAL": mask.causal,
-        "INTERVALS": mask.num_intervals,
+        "INTERVALS": mask.num_intervals if mask.num_intervals <= MAX_UNROLLED else -1,
+        "SOFTCAP": softcap is not None,
         "D": d,
         "D_V": d_v,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),

@@ -22,6 +22,7 @@ def flashmask_attention(
     mask: FlashMask,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
     deterministic: bool = False,
@@ -36,6 +37,7 @@ def flashmask_attention(
     mask: FlashMask,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
     deterministic: bool = False,
@@ -49,6 +51,7 @@ def flashmask_attention(
     mask: FlashMask,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
     deterministic: bool = False,
@@ -60,11 +63,13 @@ def flashmask_attention(
         k, v: `[B, N_k, H_kv, D]` and `[B, N_k, H_kv, D_v]`, q's dtype and device; H_kv divides H (GQA, MQA).
         mask: `N_q` rows and `N_k` columns; its batch is 1 or B, its heads 1, H_kv or H; on q's device.
         scale: multiplies the scores, > 0; `1 / sqrt(D)` if not given.
+        softcap: > 0; scores, once scaled, become `softcap * tanh(score / softcap)` (Gemma). None leaves them.
         return_lse: also return the log-sum-exp of each row's visible scores. It is differentiable.
         backend: `"hopper"` (H100, H200), `"triton"` (any recent NVIDIA GPU, or a CPU under Triton's interpreter),
             `"reference"` (any device), or None to choose: on a GPU the first of these that takes the inputs, reference
             elsewhere. A named backend runs or raises; it never gives way to another.
-        deterministic: ask for bitwise repeatable gradients. All backends give them at all times today.
+        deterministic: bitwise repeatable gradients; also on while `torch.use_deterministic_algorithms(True)` is (with
+            `warn_only` it is not). Outputs are always repeatable, and so are the gradients of `reference` and `triton`.
 
     Returns:
         out `[B, N_q, H, D_v]` in q's dtype; with `return_lse` also lse `[B, H, N_q]`, float32, natural logarithm. A row
@@ -73,8 +78,9 @@ def flashmask_attention(
     Raises:
         ValueError: inputs that do not fit together, or a backend that cannot take them; the message says what to do.
 
-    Under autocast q, k and v are cast to its dtype. The mask's tile lists are built at the first call, which reads one
-    number back from the device, and cached on the mask: call once before capturing a CUDA graph.
+    Under autocast q, k and v are cast to its dtype. The mask's tile schedules are built at the first call, without
+    waiting for the device, and cached on the mask for every other layer. Masks of more than 4 intervals a column take a
+    kernel that loops over them instead of an unrolled one: right, and slower in partial tiles. There is no dropout.
 
     Source: FlashMask, arXiv 2410.01359.
     """
@@ -86,5 +92,15 @@ def flashmask_attention(
         scale = 1.0 / math.sqrt(q.shape[-1])
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}.")
-    out, lse = attend(q, k, v, mask, float(scale), resolve_backend(backend, q, v, mask.num_intervals))
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}. Pass None for scores without a cap.")
+    name = resolve_backend(backend, q, v, mask.num_intervals, softcap)
+    cap = None if softcap is None else float(softcap)
+    out, lse = attend(q, k, v, mask, float(scale), cap, name, deterministic or _torch_is_strict())
     return (out, lse) if return_lse else out
+
+
+@torch.compiler.assume_constant_result
+def _torch_is_strict() -> bool:
+    """Whether `torch.use_deterministic_algorithms` would have an indeterminate operation raise."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

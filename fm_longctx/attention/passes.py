@@ -16,7 +16,8 @@ BACKENDS = ("hopper", "triton", "reference")
 
 
 def load_backend(name: str) -> ModuleType:
-    """The module of a backend: `refusal`, `lists_needed`, `forward` and `backward`."""
+    """The module of a backend: `refusal`, `Schedule`, `schedule`, `schedules_needed` and the passes `forward`,
+    `compute_delta` and `backward`."""
     if name == "hopper":
         # Only when it is wanted: the Gluon dialect that it is written in is not part of every Triton.
         from fm_longctx.kernels.hopper import launch
@@ -25,7 +26,7 @@ def load_backend(name: str) -> ModuleType:
     return portable if name == "triton" else reference
 
 
-def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int) -> str:
+def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int, softcap: float | None = None) -> str:
     """The backend to run: the named one; or, if None, on a GPU the fastest that can, `reference` elsewhere.
 
     Args:
@@ -38,10 +39,10 @@ def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int) -
     if backend is None:
         if q.device.type != "cuda":
             return "reference"
-        return next(name for name in BACKENDS if load_backend(name).refusal(q, v, intervals) is None)
+        return next(name for name in BACKENDS if load_backend(name).refusal(q, v, intervals, softcap) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None, got {backend!r}.")
-    reason = load_backend(backend).refusal(q, v, intervals)
+    reason = load_backend(backend).refusal(q, v, intervals, softcap)
     if reason is not None:
         raise ValueError(f"backend={backend!r} {reason}. Name another, or pass backend=None to let the op choose.")
     return backend
@@ -55,6 +56,7 @@ def attention_forward(
     *,
     scale: float,
     backend: str,
+    softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q `[B, N_q, H, D]` to k `[B, N_k, H_kv, D]` and v `[B, N_k, H_kv, D_v]` under the mask.
@@ -64,17 +66,17 @@ def attention_forward(
     """
     # The backends choose the precision of each product themselves.
     with torch.autocast(q.device.type, enabled=False):
-        return load_backend(backend).forward(q, k, v, mask, scale=scale, out_dtype=out_dtype or q.dtype)
+        return load_backend(backend).forward(
+            q, k, v, mask, scale=scale, softcap=softcap, out_dtype=out_dtype or q.dtype
+        )
 
 
-def attention_delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Tensor:
+def attention_delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None, *, backend: str) -> Tensor:
     """What the softmax's backward subtracts, `[B, H, N_q]`: rowsum(out * dout) - dlse, in float32 at least.
 
     out, dout `[B, N_q, H, D_v]`, out of the complete (merged) result; dlse `[B, H, N_q]`, the gradient of its lse.
     """
-    exact = torch.promote_types(out.dtype, torch.float32)
-    delta = (out.to(exact) * dout.to(exact)).sum(-1).transpose(1, 2)
-    return (delta if dlse is None else delta - dlse).contiguous()
+    return load_backend(backend).compute_delta(out, dout, dlse)
 
 
 def attention_backward(
@@ -88,14 +90,26 @@ def attention_backward(
     *,
     scale: float,
     backend: str,
+    softcap: float | None = None,
     grad_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv for the gradient dout `[B, N_q, H, D_v]`, shaped as q, k, v, in their dtype or `grad_dtype`.
 
     lse and delta `[B, H, N_q]` belong to the complete result, of which k, v and mask may be one part. Rows whose lse is
-    -inf get gradient 0. Bitwise repeatable: no backend uses atomics.
+    -inf get gradient 0. `deterministic` asks for bitwise repeatable results.
     """
     with torch.autocast(q.device.type, enabled=False):
         return load_backend(backend).backward(
-            dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype or q.dtype
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            grad_dtype=grad_dtype or q.dtype,
+            deterministic=deterministic,
         )

@@ -1,6 +1,6 @@
 """The reference backend: FlashMask attention as blockwise torch. This file is the specification of the others.
 
-Same algorithm as the kernels: online softmax over the tiles of a row-block that the schedule lists, the mask applied to
+Same algorithm as the kernels: online softmax over the tiles of a row-block that are not skipped, the mask applied to
 partial tiles only. Any device; float64 inputs are computed in float64, all others in float32.
 Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2; FlashMask (arXiv 2410.01359), section 4.
 """
@@ -15,25 +15,40 @@ from torch import Tensor
 
 from fm_longctx.mask import FlashMask
 from fm_longctx.mask.canonical import diagonal
-from fm_longctx.mask.schedule import tile_lists
+from fm_longctx.mask.tiles import PARTIAL, SKIPPED, tile_states
 
 BLOCK_M, BLOCK_N = 256, 256
 
 
-def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
+class Schedule(NamedTuple):
+    """What this backend visits: the states of all tiles."""
+
+    states: Tensor
+    """uint8 `[B, H_mask, row-blocks, column-blocks]`, as `fm_longctx.mask.tiles.tile_states` gives them."""
+
+
+def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str | None:
     """Why this backend cannot run on these inputs: never, it takes every device, dtype, dimension and mask."""
     return None
 
 
-def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int, bool]]:
-    """(block_m, block_n, by_row) of every tile list that a pass reads."""
+def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
+    """(block_m, block_n, by_row) of every schedule that a pass reads."""
     return [(BLOCK_M, BLOCK_N, True)]
 
 
-class _Group(NamedTuple):
-    """The batch entries and heads that share one mask: every query head of the group attends under the same lists."""
+def schedule(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> Schedule:
+    """The states of `[block_m, block_n]` tiles, cached on the mask."""
+    key = (Schedule, block_m, block_n, by_row)
+    if key not in mask.cache:
+        mask.cache[key] = Schedule(tile_states(mask, block_m, block_n))
+    return mask.cache[key]
 
-    lists: list[list[tuple[int, bool]]]
+
+class _Group(NamedTuple):
+    """The batch entries and heads that share one mask: every query head of the group visits the same tiles."""
+
+    visits: list[list[tuple[int, bool]]]
     """Per row-block, (column-block, partial)."""
     starts: Tensor
     ends: Tensor
@@ -44,7 +59,14 @@ class _Group(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, *, scale: float, out_dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """out `[B, N_q, H, D_v]` in `out_dtype` and lse `[B, H, N_q]` float32 (float64 for float64 inputs), natural log."""
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -55,7 +77,7 @@ def forward(
         q_g, out_g = (_queries(x, group, k.shape[2]) for x in (q, out))
         k_g, v_g = (_keys(x, group) for x in (k, v))
         lse_g = lse[group.batch, group.heads].unflatten(1, q_g.shape[1:3])
-        for block, visits in enumerate(group.lists):
+        for block, visits in enumerate(group.visits):
             rows = slice(block * BLOCK_M, min((block + 1) * BLOCK_M, n_q))
             q_r = q_g[..., rows, :].to(exact) * scale
             acc = q_r.new_zeros((*q_r.shape[:-1], v.shape[-1]))
@@ -64,6 +86,8 @@ def forward(
             for column_block, partial in visits:
                 columns = slice(column_block * BLOCK_N, (column_block + 1) * BLOCK_N)
                 s = _times(q_r, k_g[:, :, columns].to(exact).mT)
+                if softcap is not None:
+                    s = softcap * torch.tanh(s / softcap)
                 if partial:
                     s = s.masked_fill(_hidden(mask, group, rows, columns), float("-inf"))
                 new_top = torch.maximum(top, s.amax(-1))
@@ -80,6 +104,13 @@ def forward(
     return out, lse
 
 
+def compute_delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """As `fm_longctx.attention.passes.attention_delta`."""
+    exact = torch.promote_types(out.dtype, torch.float32)
+    total = (out.to(exact) * dout.to(exact)).sum(-1).transpose(1, 2)
+    return (total if dlse is None else total - dlse).contiguous()
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -90,9 +121,11 @@ def backward(
     mask: FlashMask,
     *,
     scale: float,
+    softcap: float | None = None,
     grad_dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in `grad_dtype`, shaped as q, k, v. lse and delta `[B, H, N_q]`."""
+    """dq, dk, dv in `grad_dtype`, shaped as q, k, v. lse and delta `[B, H, N_q]`. Deterministic in any case."""
     exact = torch.promote_types(q.dtype, torch.float32)
     n_q, h = q.shape[1], q.shape[2]
     dq, dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
@@ -100,7 +133,7 @@ def backward(
         q_g, dout_g, dq_g = (_queries(x, group, k.shape[2]) for x in (q, dout, dq))
         k_g, v_g, dk_g, dv_g = (_keys(x, group) for x in (k, v, dk, dv))
         lse_g, delta_g = (x[group.batch, group.heads].unflatten(1, q_g.shape[1:3]) for x in (lse, delta))
-        for block, visits in enumerate(group.lists):
+        for block, visits in enumerate(group.visits):
             rows = slice(block * BLOCK_M, min((block + 1) * BLOCK_M, n_q))
             q_r, dout_r = q_g[..., rows, :].to(exact) * scale, dout_g[..., rows, :].to(exact)
             # exp(s - inf) = 0: a row that sees nothing has no gradient.
@@ -110,10 +143,15 @@ def backward(
             for column_block, partial in visits:
                 columns = slice(column_block * BLOCK_N, (column_block + 1) * BLOCK_N)
                 k_c, v_c = k_g[:, :, columns].to(exact), v_g[:, :, columns].to(exact)
-                p = torch.exp(_times(q_r, k_c.mT) - lse_r)
+                s = _times(q_r, k_c.mT)
+                if softcap is not None:
+                    s = softcap * torch.tanh(s / softcap)
+                p = torch.exp(s - lse_r)
                 if partial:
                     p = p.masked_fill(_hidden(mask, group, rows, columns), 0)
                 ds = p * (_times(dout_r, v_c.mT) - delta_r)
+                if softcap is not None:
+                    ds = ds * (1 - (s / softcap).square())
                 dv_g[:, :, columns] += p.flatten(2, 3).mT @ dout_r.flatten(2, 3)
                 dk_g[:, :, columns] += ds.flatten(2, 3).mT @ q_r.flatten(2, 3)
                 dq_g[..., rows, :] += _times(ds, k_c) * scale
@@ -121,14 +159,11 @@ def backward(
 
 
 def _groups(heads: int, kv_heads: int, mask: FlashMask) -> Iterator[_Group]:
-    lists = tile_lists(mask, BLOCK_M, BLOCK_N, by_row=True)
-    offsets, entries = lists.offsets.tolist(), lists.entries.tolist()
-    blocks = lists.order.shape[1]
+    states = schedule(mask, BLOCK_M, BLOCK_N, by_row=True).states.tolist()
     share = heads // kv_heads
     everything = slice(None)
     for b in range(mask.batch):
         for h in range(mask.heads):
-            first = (b * mask.heads + h) * blocks
             if mask.heads == 1:
                 group_heads, group_kv_heads = everything, everything
             else:
@@ -137,9 +172,8 @@ def _groups(heads: int, kv_heads: int, mask: FlashMask) -> Iterator[_Group]:
                 kv_head = h * width // share
                 group_kv_heads = slice(kv_head, kv_head + 1)
             yield _Group(
-                lists=[
-                    [(e >> 1, bool(e & 1)) for e in entries[offsets[i] : offsets[i + 1]]]
-                    for i in range(first, first + blocks)
+                visits=[
+                    [(j, state == PARTIAL) for j, state in enumerate(row) if state != SKIPPED] for row in states[b][h]
                 ],
                 starts=mask.starts[b, h],
                 ends=mask.ends[b, h],

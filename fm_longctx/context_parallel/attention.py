@@ -99,7 +99,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *received = ctx.saved_tensors
         context: ContextParallel = ctx.context
         exact = torch.promote_types(q.dtype, torch.float32)
-        delta = attention_delta(out, dout)
+        delta = attention_delta(out, dout, backend=ctx.backend)
 
         def gradients(stage: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             mask = context.stages[stage].mask

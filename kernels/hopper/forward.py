@@ -1,8 +1,8 @@
 """The Hopper forward kernel, in Gluon: a TMA producer warp and two consumer warpgroups of 64 query rows each.
 
-The producer walks the row-block's tile list and keeps STAGES tiles of K and V in flight; for partial tiles it fetches
-the columns' interval bounds along with K. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j together
-and does the softmax of tile j + 1 while the tensor cores finish the latter.
+The producer walks the row-block's runs of tiles and keeps STAGES tiles of K and V in flight; for partial tiles it
+fetches the columns' interval bounds along with K. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j
+together and does the softmax of tile j + 1 while the tensor cores finish the latter.
 
 Source: FlashAttention-3 (arXiv 2407.08608), algorithm 2 (overlap within a warpgroup), over FlashMask's visible tiles.
 """
@@ -17,13 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_rows
+from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list
 
 
 @gluon.jit
 def _fetch(
     i,
-    entry,
+    tile,
+    partial,
     before,
     k_desc,
     v_desc,
@@ -42,25 +43,23 @@ def _fetch(
     K: gl.constexpr,
     V: gl.constexpr,
 ):
-    """Step i: K of tile i (its list entry) and V of tile i - 1 (`before`), which the consumers use together."""
+    """Step i: K of its tile and V of the tile `before` it, which the consumers use together."""
     stage = i % STAGES
-    n0 = (entry >> 1) * BLOCK_N
+    n0 = tile * BLOCK_N
     size: gl.constexpr = (k_desc.block_type.nbytes if K else 0) + (v_desc.block_type.nbytes if V else 0)
     mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
     if K and INTERVALS > 0:
-        partial = (entry & 1) != 0
-        mbarrier.expect(full.index(stage), size + bounds_desc.block_type.nbytes, pred=partial)
-        mbarrier.expect(full.index(stage), size, pred=(entry & 1) == 0)
+        mbarrier.expect(full.index(stage), size + bounds_desc.block_type.nbytes, pred=partial != 0)
+        mbarrier.expect(full.index(stage), size, pred=partial == 0)
         tma.async_copy_global_to_shared(
-            bounds_desc, [bounds_row, n0], full.index(stage), bounds_s.index(stage), pred=partial
+            bounds_desc, [bounds_row, n0], full.index(stage), bounds_s.index(stage), pred=partial != 0
         )
     else:
         mbarrier.expect(full.index(stage), size)
     if K:
         tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], full.index(stage), k_s.index(stage))
     if V:
-        v_n0 = (before >> 1) * BLOCK_N
-        tma.async_copy_global_to_shared(v_desc, [b, v_n0, h_kv, 0], full.index(stage), v_s.index(stage))
+        tma.async_copy_global_to_shared(v_desc, [b, before * BLOCK_N, h_kv, 0], full.index(stage), v_s.index(stage))
 
 
 @gluon.jit
@@ -76,7 +75,9 @@ def _produce(
     q_full,
     full,
     empty,
-    p_entries,
+    p_first,
+    p_runs,
+    at,
     count,
     b,
     h,
@@ -91,17 +92,17 @@ def _produce(
         mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [b, m0 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
     if count > 0:
-        entry = gl.load(p_entries)
+        run, tile, end, partial = open_list(p_first, p_runs, at)
         # fmt: off
-        _fetch(0, entry, entry, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv, bounds_row,
-               BLOCK_N, STAGES, INTERVALS, K=True, V=False)
+        _fetch(0, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
+               bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=False)
         for i in range(1, count):
-            before = entry
-            entry = gl.load(p_entries + i)
-            _fetch(i, entry, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv, bounds_row,
-                   BLOCK_N, STAGES, INTERVALS, K=True, V=True)
-        _fetch(count, entry, entry, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv, bounds_row,
-               BLOCK_N, STAGES, INTERVALS, K=False, V=True)
+            before = tile
+            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
+            _fetch(i, tile, partial, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
+                   bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=True)
+        _fetch(count, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
+               bounds_row, BLOCK_N, STAGES, INTERVALS, K=False, V=True)
         # fmt: on
 
 
@@ -139,7 +140,9 @@ def _consume(
     full,
     empty,
     turn,
-    p_entries,
+    p_first,
+    p_runs,
+    at,
     count,
     b,
     h,
@@ -173,13 +176,13 @@ def _consume(
     mbarrier.wait(q_full.index(w), 0)
 
     if count > 0:
-        entry = gl.load(p_entries)
+        run, tile, end, partial = open_list(p_first, p_runs, at)
         mbarrier.wait(full.index(0), 0)
         k = k_s.index(0).reshape([BLOCK_N, D])
         s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
-        if entry & 1:
-            s = hide_rows(s, o_m, (entry >> 1) * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
+        if partial:
+            s = hide_rows(s, o_m, tile * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
         mbarrier.arrive(empty.index(0), count=1)
         p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
         p = gl.convert_layout(p.to(dtype), P)
@@ -187,7 +190,7 @@ def _consume(
         for i in range(1, count):
             stage = i % STAGES
             phase = (i // STAGES) & 1
-            entry = gl.load(p_entries + i)
+            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
             mbarrier.wait(full.index(stage), phase)
             if PING_PONG:
                 mbarrier.wait(turn.index(w), (i - 1) & 1)
@@ -198,8 +201,8 @@ def _consume(
             if PING_PONG:
                 mbarrier.arrive(turn.index(1 - w), count=1)
             s = warpgroup_mma_wait(1, deps=(s,))
-            if entry & 1:
-                n0 = (entry >> 1) * BLOCK_N
+            if partial:
+                n0 = tile * BLOCK_N
                 s = hide_rows(s, o_m, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
             p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
             p16 = p32.to(dtype)
@@ -244,8 +247,9 @@ def forward_kernel(
     bounds_desc,
     p_out,
     p_lse,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
+    p_tiles,
     p_order,
     stride_ob,
     stride_on,
@@ -271,9 +275,8 @@ def forward_kernel(
     group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
     blocks = gl.num_programs(0)
     block = gl.load(p_order + group * blocks + gl.program_id(0))
-    begin = gl.load(p_offsets + group * blocks + block)
-    count = gl.load(p_offsets + group * blocks + block + 1) - begin
-    p_entries += begin
+    at = group * blocks + block
+    count = gl.load(p_tiles + at)
     p_lse += (b.to(gl.int64) * heads + h) * n_q
     p_out += b.to(gl.int64) * stride_ob + h * stride_oh
     m0 = block * 128
@@ -300,13 +303,13 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
-                        p_entries, count, b, h, m0, n_q, n_k, scale,
+                        p_first, p_runs, at, count, b, h, m0, n_q, n_k, scale,
                         BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
             (_consume, (1, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
-                        p_entries, count, b, h, m0, n_q, n_k, scale,
+                        p_first, p_runs, at, count, b, h, m0, n_q, n_k, scale,
                         BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
             (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, q_full, full, empty,
-                        p_entries, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
+                        p_first, p_runs, at, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
                         BLOCK_N, STAGES, INTERVALS)),
         ],
         [4, 1],

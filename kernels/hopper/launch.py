@@ -15,8 +15,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fm_longctx.kernels import portable
 from fm_longctx.kernels.hopper.forward import forward_kernel
+from fm_longctx.kernels.schedule import TileRuns, tile_runs
 from fm_longctx.mask import FlashMask
-from fm_longctx.mask.schedule import tile_lists
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
@@ -24,6 +24,8 @@ MAX_INTERVALS = 3
 # Gluon is experimental: it changes between Triton releases. These were run (3.6) on an H200.
 TRITON_VERSIONS = ("3.6",)
 BLOCK_M = 128
+Schedule = TileRuns
+schedule = tile_runs
 
 
 class Config(NamedTuple):
@@ -37,7 +39,7 @@ class Config(NamedTuple):
 FORWARD = {64: Config(128, 3, False), 128: Config(128, 2, False), 256: Config(64, 2, False)}
 
 
-def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
+def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str | None:
     """Why the kernels cannot run on these inputs, or None if they can."""
     version = ".".join(triton.__version__.split(".")[:2])
     d, d_v = q.shape[-1], v.shape[-1]
@@ -49,31 +51,40 @@ def refusal(q: Tensor, v: Tensor, intervals: int) -> str | None:
         return f"takes bfloat16 or float16, got {q.dtype}"
     if d != d_v or d not in HEAD_DIMS:
         return f"takes head dimensions {HEAD_DIMS}, the same for q, k and v, got {d} and {d_v}"
+    if softcap is not None:
+        return f"takes no softcap, got {softcap}"
     if intervals > MAX_INTERVALS:
         return f"takes masks of up to {MAX_INTERVALS} intervals a column, got {intervals}"
     return None
 
 
-def lists_needed(q: Tensor, v: Tensor, *, backward: bool) -> list[tuple[int, int, bool]]:
-    """(block_m, block_n, by_row) of every tile list that a pass over these inputs reads."""
+def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
+    """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
     if backward:
-        return portable.lists_needed(q, v, backward=True)
+        return portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
     return [(BLOCK_M, FORWARD[q.shape[-1]].block_n, True)]
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, *, scale: float, out_dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As `fm_longctx.attention.passes.attention_forward`."""
+    """As `fm_longctx.attention.passes.attention_forward`; `softcap` is None, as `refusal` sees to."""
     (b, n_q, h, d), n_k = q.shape, k.shape[1]
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or n_k == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     config = FORWARD[d]
-    lists = tile_lists(mask, BLOCK_M, config.block_n, by_row=True)
+    runs = tile_runs(mask, BLOCK_M, config.block_n, by_row=True)
     with torch.cuda.device_of(q):
-        forward_kernel[(lists.order.shape[1], h, b)](
+        forward_kernel[(runs.order.shape[1], h, b)](
             _describe(q, 64),
             _describe(k, config.block_n),
             _describe(v, config.block_n),
@@ -82,7 +93,7 @@ def forward(
             _describe_bounds(mask, config.block_n),
             out,
             lse,
-            *lists,
+            *runs,
             *out.stride()[:3],
             n_q,
             n_k,
@@ -105,6 +116,7 @@ def forward(
     return out, lse
 
 
+compute_delta = portable.compute_delta
 backward = portable.backward
 
 

@@ -30,3 +30,23 @@ def hide_rows(
         end = bounds.slice(2 * i + 1, 1, 0).load(LAYOUT)
         s = gl.where((o_m >= start) & (o_m < end), float("-inf"), s)
     return s
+
+
+@gluon.jit
+def open_list(p_first, p_runs, at):
+    """Begin to walk the tiles of block `at` (a flat index): its first run, that run's first tile, end and flag."""
+    run = gl.load(p_first + at)
+    word = gl.load(p_runs + 2 * run)
+    return run, word >> 1, gl.load(p_runs + 2 * run + 1), word & 1
+
+
+@gluon.jit
+def next_tile(p_runs, run, tile, end, partial):
+    """One tile on. The next run is read at every step, needed or not, so that nothing waits for it when it is."""
+    word = gl.load(p_runs + 2 * run + 2)
+    word_end = gl.load(p_runs + 2 * run + 3)
+    more = tile + 1 < end
+    run = gl.where(more, run, run + 1)
+    tile = gl.where(more, tile + 1, word >> 1)
+    partial = gl.where(more, partial, word & 1)
+    return run, tile, gl.where(more, end, word_end), partial

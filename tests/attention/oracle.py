@@ -7,6 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fm_longctx import FlashMask
+from fm_longctx.attention import reference
+from fm_longctx.kernels.schedule import TileRuns
+from fm_longctx.mask.tiles import PARTIAL
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -18,12 +23,16 @@ class Result(NamedTuple):
     dv: Tensor
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """out, lse in the inputs' dtype. visible bool `[B or 1, 1 or H_kv or H, N_q, N_k]`."""
     share = q.shape[2] // k.shape[2]
     visible = visible.repeat_interleave(q.shape[2] // visible.shape[1], dim=1)
     k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     # Rows that see nothing: exp(-inf - 0) = 0 in place of NaN.
@@ -60,20 +69,46 @@ def assert_within_budget(result: Result, exact: Result, low: Result) -> None:
         assert worst <= budget, f"{name}: error {worst:.3e} beyond {budget:.3e}"
 
 
-def check(attend, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, *, with_lse: bool = True) -> Result:
+def check(
+    attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    with_lse: bool = True,
+) -> Result:
     """Compare `attend(q, k, v) -> (out, lse)`, forward and backward, with the float64 oracle."""
     generator = torch.Generator().manual_seed(7)
     dout = torch.randn(*q.shape[:3], v.shape[-1], generator=generator).to(q)
     dlse = torch.randn(q.shape[0], q.shape[2], q.shape[1], generator=generator).to(q) if with_lse else None
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return dense_attention(q, k, v, visible, scale)
+        return dense_attention(q, k, v, visible, scale, softcap)
 
     exact = gradients(dense, q.double(), k.double(), v.double(), dout, dlse)
     low = gradients(dense, q, k, v, dout, dlse)
     result = gradients(attend, q, k, v, dout, dlse)
     assert_within_budget(result, exact, low)
     return result
+
+
+def visit_every_tile(mask: FlashMask) -> None:
+    """Make the schedules that the mask has cached visit all tiles, each as a partial one."""
+    for key, schedule in list(mask.cache.items()):
+        if key[0] is reference.Schedule:
+            assert not schedule.states.eq(PARTIAL).all()
+            mask.cache[key] = reference.Schedule(torch.full_like(schedule.states, PARTIAL))
+        elif key[0] is TileRuns:
+            _, block_m, block_n, by_row = key
+            others = -(-mask.num_columns // block_n) if by_row else -(-mask.num_rows // block_m)
+            assert schedule.tiles.sum() < schedule.tiles.numel() * others
+            first = torch.arange(schedule.first.numel(), dtype=torch.int32, device=mask.device)
+            runs = torch.tensor([1, others], dtype=torch.int32, device=mask.device).repeat(first.numel() + 1, 1)
+            tiles = torch.full_like(schedule.tiles, others)
+            mask.cache[key] = schedule._replace(runs=runs, first=first.view_as(schedule.first), tiles=tiles)
 
 
 def random_inputs(

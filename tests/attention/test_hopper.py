@@ -9,7 +9,7 @@ from benchmarks.cases import cases
 from fm_longctx import FlashMask, flashmask_attention
 from fm_longctx.attention.passes import attention_forward
 from fm_longctx.mask import builders
-from tests.attention.oracle import DEVICE, check, dense_attention, random_inputs
+from tests.attention.oracle import DEVICE, check, dense_attention, random_inputs, visit_every_tile
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -102,12 +102,7 @@ def test_skipping_changes_no_bit():
     mask = builders.causal_document([300, 700]).to(DEVICE) & builders.sliding_window(n, 200).to(DEVICE)
     q, k, v = random_inputs(rows=n, d=128, dtype=torch.bfloat16)
     skipping = flashmask_attention(q, k, v, mask, backend="hopper", return_lse=True)
-    ((key, lists),) = [item for item in mask.cache.items() if item[0] != "bounds"]
-    blocks, others = -(-n // key[1]), -(-n // key[2])
-    assert lists.entries.numel() < blocks * others
-    every = (torch.arange(others, dtype=torch.int32, device=DEVICE) << 1 | 1).repeat(blocks)
-    offsets = torch.arange(blocks + 1, dtype=torch.int32, device=DEVICE) * others
-    mask.cache[key] = lists._replace(entries=every, offsets=offsets)
+    visit_every_tile(mask)
     forced = flashmask_attention(q, k, v, mask, backend="hopper", return_lse=True)
     assert torch.equal(skipping[0], forced[0]) and torch.equal(skipping[1], forced[1])
 

@@ -6,8 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fm_longctx import flashmask_attention
 from fm_longctx.attention import library, passes
+from fm_longctx.kernels import schedule
 from fm_longctx.mask import builders
-from fm_longctx.mask.schedule import tile_lists
 from tests.attention.oracle import DEVICE, random_inputs
 
 
@@ -16,23 +16,40 @@ def inputs_and_mask(n=70, **kwargs):
     return q, k, v, builders.causal_document([n // 3, n - n // 3]).to(DEVICE)
 
 
-def test_opcheck(backend):
+def needed(module, q, v, backward):
+    return module.schedules_needed(q, v, backward=backward, deterministic=False)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_opcheck(backend, softcap):
     q, k, v, mask = inputs_and_mask()
-    needed = passes.load_backend(backend).lists_needed
-    keys = list(dict.fromkeys(needed(q, v, backward=False) + needed(q, v, backward=True)))
-    lists = [x for m, n, by_row in keys for x in tile_lists(mask, m, n, by_row=by_row)]
+    module = passes.load_backend(backend)
+    keys = list(dict.fromkeys(needed(module, q, v, False) + needed(module, q, v, True)))
+    schedules = [x for m, n, by_row in keys for x in module.schedule(mask, m, n, by_row=by_row)]
     flat = [int(part) for key in keys for part in key]
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(library._forward, (q, k, v, mask.starts, mask.ends, lists, flat, mask.causal, 0.2, backend))
+    arguments = (q, k, v, mask.starts, mask.ends, schedules, flat, mask.causal, 0.2, softcap, backend, False)
+    torch.library.opcheck(library._forward, arguments)
 
 
-def test_compiles_as_one_graph(backend):
+@pytest.mark.parametrize("by_row", [True, False])
+def test_opcheck_of_the_schedule(by_row):
+    _, _, _, mask = inputs_and_mask()
+    # Where a run is put in the pool is not told: only what is read of it must repeat.
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(schedule._build, (mask.starts, mask.ends, 70, True, 32, 16, by_row), test_utils=tests)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_compiles_as_one_graph(backend, cold):
     q, k, v, mask = inputs_and_mask()
 
     def layer(q, k, v):
         return flashmask_attention(q * 2, k, v, mask, backend=backend) + 1
 
     expected = torch.autograd.functional.vjp(layer, (q, k, v), torch.ones_like(q))
+    if cold:
+        mask.cache.clear()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     got = torch.autograd.functional.vjp(compiled, (q, k, v), torch.ones_like(q))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -57,13 +74,25 @@ def test_autocast_chooses_the_dtype(backend):
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])
-def test_tile_lists_are_built_once_and_only_those_needed(backend, needs_grad):
+def test_schedules_are_built_once_and_only_those_needed(backend, needs_grad):
     q, k, v, mask = inputs_and_mask()
     q.requires_grad_(needs_grad)
     flashmask_attention(q, k, v, mask, backend=backend)
     built = dict(mask.cache)
-    needed = passes.load_backend(backend).lists_needed
-    keys = set(needed(q, v, backward=False)) | (set(needed(q, v, backward=True)) if needs_grad else set())
+    module = passes.load_backend(backend)
+    keys = set(needed(module, q, v, False)) | (set(needed(module, q, v, True)) if needs_grad else set())
     assert {key[1:] for key in built} == keys
     flashmask_attention(q, k, v, mask, backend=backend).sum()
-    assert all(mask.cache[key] is lists for key, lists in built.items())
+    assert all(mask.cache[key] is tiles for key, tiles in built.items())
+
+
+def test_strict_determinism_is_honoured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(library, "attention_backward", lambda *_, deterministic, **__: asked.append(deterministic))
+    q, k, v, mask = inputs_and_mask()
+    q.requires_grad_()
+    for given, strict in ((False, False), (True, False), (False, True)):
+        torch.use_deterministic_algorithms(strict)
+        with pytest.raises(Exception, match=".*"):
+            flashmask_attention(q, k, v, mask, deterministic=given).sum().backward()
+    assert asked == [False, True, True]

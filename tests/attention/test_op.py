@@ -8,7 +8,7 @@ import torch
 from benchmarks.cases import cases
 from fm_longctx import FlashMask, flashmask_attention
 from fm_longctx.mask import builders
-from tests.attention.oracle import DEVICE, check, gradients, random_inputs
+from tests.attention.oracle import DEVICE, check, gradients, random_inputs, visit_every_tile
 
 CASES = [case.name for case in cases(64)]
 
@@ -107,6 +107,22 @@ def test_dtypes(dtype, backend):
     assert result.lse.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_softcap(dtype, backend):
+    """Gemma's: softcap * tanh(score / softcap), masked afterwards. Scores reach well into the bend."""
+    n, scale, softcap = 75, 0.5, 2.0
+    mask = builders.causal_document([30, 45]).to(DEVICE)
+    visible = torch.block_diag(torch.ones(30, 30), torch.ones(45, 45)).tril().bool()[None, None].to(DEVICE)
+    q, k, v = random_inputs(rows=n, heads=4, kv_heads=2, dtype=dtype)
+
+    def attend(q, k, v):
+        return flashmask_attention(q, k, v, mask, scale=scale, softcap=softcap, return_lse=True, backend=backend)
+
+    check(attend, q, k, v, visible, scale, softcap=softcap)
+    uncapped = flashmask_attention(q, k, v, mask, scale=scale, backend=backend)
+    assert (attend(q, k, v)[0] - uncapped).abs().max() > 0.05
+
+
 def test_reference_is_exact_in_float64():
     n = 50
     mask = builders.causal(n).to(DEVICE)
@@ -152,14 +168,7 @@ def test_skipping_changes_no_bit(backend):
     q, k, v = random_inputs(rows=n)
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q)
     skipping = gradients(attend_under(mask, backend), q, k, v, dout)
-    for (_, block_m, block_n, by_row), lists in list(mask.cache.items()):
-        blocks, others = -(-n // block_m), -(-n // block_n)
-        if not by_row:
-            blocks, others = others, blocks
-        assert lists.entries.numel() < blocks * others
-        every = (torch.arange(others, dtype=torch.int32, device=DEVICE) << 1 | 1).repeat(blocks)
-        offsets = torch.arange(blocks + 1, dtype=torch.int32, device=DEVICE) * others
-        mask.cache["tiles", block_m, block_n, by_row] = lists._replace(entries=every, offsets=offsets)
+    visit_every_tile(mask)
     forced = gradients(attend_under(mask, backend), q, k, v, dout)
     for name, a, b in zip(skipping._fields, skipping, forced, strict=True):
         assert torch.equal(a, b), name
