@@ -1,24 +1,31 @@
 """Which block shapes are fastest? Times candidates of the portable kernels; the winners stand in kernels/blocks.py.
 
-    python -m benchmarks.blocks --head-dims 64 128 256
+    python -m benchmarks.blocks --head-dims 64 128 256 --warm 12
 
-Causal and packed causal documents at 32K tokens, bf16, 16 heads. Forward, dQ and dK/dV kernels are timed apart.
+Causal and packed causal documents at 32K tokens, bf16, 16 heads. Forward, dQ and dK/dV kernels are timed apart. With
+`--warm`, that many processes first compile all candidates, so that the timing one finds them in Triton's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from benchmarks.cases import document_lengths
 from benchmarks.environment import environment
 from fm_longctx.kernels import portable
-from fm_longctx.kernels.blocks import Block, Blocks
-from fm_longctx.kernels.schedule import tile_runs
+from fm_longctx.kernels.blocks import Block
 from fm_longctx.mask import FlashMask, builders
 
 FORWARD = [
@@ -29,6 +36,7 @@ FORWARD = [
 QUERY = [
     *(Block(128, n, 8, s) for n in (32, 64, 128) for s in (1, 2, 3)),
     *(Block(64, n, 4, s) for n in (32, 64) for s in (1, 2, 3)),
+    *(Block(64, n, 8, s) for n in (32, 64) for s in (1, 2)),
 ]
 KEY = [
     *(Block(m, 128, 8, s) for m in (32, 64) for s in (1, 2, 3)),
@@ -36,57 +44,72 @@ KEY = [
 ]
 
 
+CANDIDATES = {"forward": FORWARD, "query": QUERY, "key": KEY}
+MASKS: dict[str, Callable[[int], FlashMask]] = {
+    "causal": builders.causal,
+    "causal_document": lambda n: builders.causal_document(document_lengths(n, 0)),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kernels", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
+    parser.add_argument("--warm", type=int, default=0)
     options = parser.parse_args()
     print(environment())
-    n, h = options.length, options.heads
-    for d in options.head_dims:
-        for name, mask in (
-            ("causal", builders.causal(n)),
-            ("causal_document", builders.causal_document(document_lengths(n, 0))),
-        ):
-            time_candidates(name, mask.to("cuda"), n, h, d)
-
-
-def time_candidates(name: str, mask: FlashMask, n: int, h: int, d: int) -> None:
-    q, k, v, dout = (torch.randn(1, n, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    flops = 2 * 2 * d * h * int(mask.area().sum())
-    scale = 1 / math.sqrt(d)
-    default = portable.choose(torch.cuda.get_device_capability(), 2, d)
-    out, lse = portable.forward(q, k, v, mask, scale=scale, out_dtype=q.dtype)
-    delta = (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
-
-    def forward() -> None:
-        portable.forward(q, k, v, mask, scale=scale, out_dtype=q.dtype)
-
-    def query() -> None:
-        portable.query_gradient(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=q.dtype)
-
-    def key() -> None:
-        portable.key_gradients(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=q.dtype)
-
-    for kernel, run, candidates, work in (
-        ("forward", forward, FORWARD, flops),
-        ("query", query, QUERY, 1.5 * flops),
-        ("key", key, KEY, 2 * flops),
-    ):
+    jobs = list(itertools.product(options.head_dims, MASKS, options.kernels))
+    if options.warm:
+        each = [(job, block) for job in jobs for block in CANDIDATES[job[2]]]
+        with ProcessPoolExecutor(options.warm, get_context("spawn")) as pool:
+            list(pool.map(compile_candidate, *zip(*each, strict=True)))
+    for d, mask_name, kernel in jobs:
+        setting = Setting(d, mask_name, kernel, options.length, options.heads)
         times = {}
-        for block in candidates:
-            chosen: Blocks = default._replace(**{kernel: block})
-            portable.choose, kept = (lambda *_, chosen=chosen: chosen), portable.choose
+        for block in CANDIDATES[kernel]:
             try:
-                tile_runs(mask, block.m, block.n, by_row=kernel != "key")
-                times[block] = do_bench(run, warmup=20, rep=80, return_mode="median")
+                setting.run(block)
+                times[block] = do_bench(lambda: setting.run(block), warmup=20, rep=60, return_mode="median")  # noqa: B023
             except OutOfResources:
                 continue
-            finally:
-                portable.choose = kept
         for block, ms in sorted(times.items(), key=lambda item: item[1])[:5]:
-            print(f"D {d:3} {name:16} {kernel:8} {block!s:52} {ms:8.3f} ms {work / ms / 1e9:6.0f} TFLOP/s", flush=True)
+            rate = setting.flops / ms / 1e9
+            print(f"D {d:3} {mask_name:16} {kernel:8} {block!s:52} {ms:8.3f} ms {rate:6.0f} TFLOP/s", flush=True)
+
+
+def compile_candidate(job: tuple[int, str, str], block: Block) -> None:
+    with contextlib.suppress(OutOfResources):
+        Setting(*job, length=1024, heads=16).run(block)
+
+
+class Setting:
+    """One kernel on one mask."""
+
+    def __init__(self, d: int, mask: str, kernel: str, length: int, heads: int) -> None:
+        self.kernel, self.mask = kernel, MASKS[mask](length).to("cuda")
+        self.q, self.k, self.v, self.dout = (
+            torch.randn(1, length, heads, d, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+        )
+        work = {"forward": 1, "query": 1.5, "key": 2}[kernel]
+        self.flops = work * 2 * 2 * d * heads * int(self.mask.area().sum())
+        self.scale = 1 / math.sqrt(d)
+        self.default = portable.choose(torch.cuda.get_device_capability(), 2, d)
+        if kernel != "forward":
+            out, self.lse = self.run(self.default.forward, "forward")
+            self.delta = portable.compute_delta(out, self.dout, None)
+
+    def run(self, block: Block, kernel: str | None = None) -> tuple[Tensor, ...]:
+        kernel = kernel or self.kernel
+        chosen = self.default._replace(**{kernel: block})
+        inputs = (self.q, self.k, self.v)
+        with patch.object(portable, "choose", lambda *_: chosen):
+            if kernel == "forward":
+                return portable.forward(*inputs, self.mask, scale=self.scale, out_dtype=self.q.dtype)
+            saved = (self.dout, *inputs, self.lse, self.delta, self.mask)
+            gradient = portable.query_gradient if kernel == "query" else portable.key_gradients
+            return gradient(*saved, scale=self.scale, softcap=None, grad_dtype=self.q.dtype)  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -27,23 +27,24 @@ from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.hopper import forward as hopper_forward
 from fm_longctx.kernels.hopper import launch
 
-INTEGERS = {"n_q", "n_k", "heads", "mask_batch", "mask_heads"}
+INTEGERS = {"n_q", "n_k", "heads", "mask_batch", "mask_heads", "intervals", "at", "count"}
 PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
 
 
 def main() -> None:
     for name in sys.argv[1:]:
         kind, *parts = name.split("-")
-        report = hopper(*map(int, parts)) if kind == "hopper" else portable(kind, *map(int, parts))
+        report = hopper(*map(int, parts)) if kind == "hopper" else portable(kind, parts[0], *map(int, parts[1:]))
         print(json.dumps({"name": name} | report), flush=True)
 
 
-def portable(kind: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
-    block = getattr(choose(divmod(capability, 10), 2, d), kind)
-    constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
+def portable(kind: str, dtype: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
+    block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d), kind)
+    constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
     constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, UPCAST=False)
     options = dict(num_warps=block.warps, num_stages=block.stages)
-    return resources(PORTABLE[kind], {}, constants, capability, options)
+    types = {name: f"*{dtype}" for name in ("p_q", "p_k", "p_v", "p_out", "p_dout", "p_dq", "p_dk", "p_dv")}
+    return resources(PORTABLE[kind], types, constants, capability, options)
 
 
 def hopper(d: int, intervals: int, causal: int) -> dict[str, Any]:
@@ -79,6 +80,8 @@ def resources(
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
+            if types[name][0] == "*":
+                divisible[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = _type(name)
             if signature[name][0] == "*" or name.startswith("stride"):
@@ -110,13 +113,13 @@ def resources(
 def _type(name: str) -> str:
     if name in ("p_lse", "p_delta"):
         return "*fp32"
-    if name in ("p_starts", "p_ends", "p_offsets", "p_entries", "p_order"):
+    if name in ("p_starts", "p_ends", "p_runs", "p_first", "p_tiles", "p_order"):
         return "*i32"
     if name.startswith("p_"):
         return "*bf16"
     if name in INTEGERS or name.startswith("stride"):
         return "i32"
-    assert name == "scale", name
+    assert name in ("scale", "softcap"), name
     return "fp32"
 
 
