@@ -1,6 +1,7 @@
 """The `hopper` backend: launches the Gluon kernels on compute capability 9.0.
 
-The forward is the warp-specialised kernel; the backward is the portable one until a Hopper one stands beside it.
+Forward and backward are warp-specialised kernels. Head dimension 256 has no Hopper backward (its dK and dV do not fit
+into the registers of two warpgroups) and takes the portable one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fm_longctx.kernels import portable
+from fm_longctx.kernels.hopper.backward import backward_kernel
 from fm_longctx.kernels.hopper.forward import forward_kernel
+from fm_longctx.kernels.hopper.prepare import scale_kernel, statistics_kernel
 from fm_longctx.kernels.schedule import TileRuns, tile_runs
 from fm_longctx.mask import FlashMask
 
@@ -39,6 +42,18 @@ class Config(NamedTuple):
 FORWARD = {64: Config(128, 3, False), 128: Config(128, 2, False), 256: Config(64, 2, False)}
 
 
+class BackwardConfig(NamedTuple):
+    block_m: int
+    stages: int
+    consumer_registers: int = 240
+
+
+# By head dimension; benchmarks/hopper_backward.py times the alternatives.
+BACKWARD = {64: BackwardConfig(128, 2), 128: BackwardConfig(64, 2)}
+# The columns of a backward CTA.
+BLOCK_N = 128
+
+
 def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str | None:
     """Why the kernels cannot run on these inputs, or None if they can."""
     version = ".".join(triton.__version__.split(".")[:2])
@@ -60,9 +75,14 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
 
 def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
-    if backward:
-        return portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
-    return [(BLOCK_M, FORWARD[q.shape[-1]].block_n, True)]
+    d = q.shape[-1]
+    if not backward:
+        return [(BLOCK_M, FORWARD[d].block_n, True)]
+    by_portable = portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
+    if d not in BACKWARD:
+        return by_portable
+    by_column = (BACKWARD[d].block_m, BLOCK_N, False)
+    return [by_column, *(key for key in by_portable if key[2])] if deterministic else [by_column]
 
 
 def forward(
@@ -117,16 +137,111 @@ def forward(
 
 
 compute_delta = portable.compute_delta
-backward = portable.backward
 
 
-def _describe(x: Tensor, rows: int) -> TensorDescriptor:
-    """Descriptor of `[B, N, H, D]` that fetches `rows` positions of one head; TMA fills or clips beyond N."""
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: FlashMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    grad_dtype: torch.dtype,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fm_longctx.attention.passes.attention_backward`.
+
+    dQ is summed in float32 by whichever column-block comes first; `deterministic` computes it in a pass of its own.
+    """
+    (b, n_q, h, d), (_, n_k, h_kv, _) = q.shape, k.shape
+    if d not in BACKWARD:
+        return portable.backward(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype)
+    dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros(q.shape, dtype=grad_dtype, device=q.device), dk.zero_(), dv.zero_()
+    dout = dout.to(q.dtype)
+    config = BACKWARD[d]
+    runs = tile_runs(mask, config.block_m, BLOCK_N, by_row=False)
+    tma_store = grad_dtype == q.dtype
+    # Zeros: the kernel adds to it. In the layout of dq, so that TMA clips the rows past the end and they coincide.
+    dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        backward_kernel[(runs.order.shape[1], h_kv, b)](
+            _describe(q, config.block_m),
+            _describe(k, 64),
+            _describe(v, 64),
+            _describe(dout, config.block_m),
+            _describe_statistics(lse, delta, config.block_m),
+            _describe(q if dq_sum is None else dq_sum, 64, 64),
+            # float32 gradients do not fit into the buffers of 16-bit operands: they go out by plain stores.
+            _describe(dk if tma_store else k, 64),
+            _describe(dv if tma_store else v, 64),
+            dk,
+            dv,
+            mask.starts,
+            mask.ends,
+            *runs,
+            *dk.stride()[:3],
+            n_q,
+            n_k,
+            h,
+            mask.batch,
+            mask.heads,
+            scale,
+            KV_SHARE=h // h_kv,
+            BLOCK_M=config.block_m,
+            D=d,
+            STAGES=config.stages,
+            INTERVALS=mask.num_intervals,
+            CAUSAL=mask.causal,
+            TMA_STORE=tma_store,
+            DQ=dq_sum is not None,
+            CONSUMER_REGISTERS=config.consumer_registers,
+            num_warps=4,
+        )
+    if dq_sum is None:
+        dq = portable.query_gradient(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype)
+    else:
+        dq = _scaled(dq_sum, scale, grad_dtype)
+    return dq, dk, dv
+
+
+def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`scale * x` in dtype, in place if that is x's own."""
+    out = x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = 2048
+    with torch.cuda.device_of(x):
+        scale_kernel[(triton.cdiv(x.numel(), block),)](x, out, scale, x.numel(), BLOCK=block)
+    return out
+
+
+def _describe_statistics(lse: Tensor, delta: Tensor, block_m: int) -> TensorDescriptor:
+    """Descriptor that fetches lse (in units of log2) and delta of one row-block; both `[B, H, N_q]`, float32."""
+    b, h, n_q = lse.shape
+    blocks, rows = triton.cdiv(n_q, block_m), 1024
+    stats = torch.empty((b * h * blocks * 2, block_m), dtype=torch.float32, device=lse.device)
+    with torch.cuda.device_of(lse):
+        statistics_kernel[(triton.cdiv(blocks * block_m, rows), b * h)](
+            lse.contiguous(), delta.contiguous(), stats, n_q, blocks, BLOCK_M=block_m, ROWS=rows
+        )
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [2, block_m], layout)
+
+
+def _describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Descriptor of `[B, N, H, D]` that moves `rows` positions of one head; TMA fills or clips beyond N.
+
+    columns: how many of D at a time; all if not given.
+    """
     aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     if x.stride(3) != 1 or not aligned or x.data_ptr() % 16:
         x = x.contiguous()
-    box = [1, rows, 1, x.shape[3]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    box = [1, rows, 1, columns or x.shape[3]]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
 

@@ -1,7 +1,9 @@
 """Steps that the Hopper kernels share."""
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 
 
 @gluon.jit
@@ -33,6 +35,37 @@ def hide_rows(
 
 
 @gluon.jit
+def hide_columns(
+    s,
+    o_n,
+    m0,
+    n_q,
+    n_k,
+    p_starts,
+    p_ends,
+    BLOCK_M: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    INTERVALS: gl.constexpr,
+):
+    """Transposed scores `[64, BLOCK_M]` with the masked ones -inf; o_n `[64]` column indices.
+
+    p_starts, p_ends: `[INTERVALS, n_k]` of this mask group. A thread needs two of each interval; after the first tile
+    they come from the cache, and held in registers they would spill.
+    """
+    o_m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    inside = o_n < n_k
+    s = gl.where(gl.expand_dims(inside, 1), s, float("-inf"))
+    if CAUSAL:
+        s = gl.where(o_m >= gl.expand_dims(o_n - (n_k - n_q), 1), s, float("-inf"))
+    for i in gl.static_range(INTERVALS):
+        start = gl.expand_dims(gl.load(p_starts + i * n_k + o_n, mask=inside, other=0), 1)
+        end = gl.expand_dims(gl.load(p_ends + i * n_k + o_n, mask=inside, other=0), 1)
+        s = gl.where((o_m >= start) & (o_m < end), float("-inf"), s)
+    return s
+
+
+@gluon.jit
 def open_list(p_first, p_runs, at):
     """Begin to walk the tiles of block `at` (a flat index): its first run, that run's first tile, end and flag."""
     run = gl.load(p_first + at)
@@ -50,3 +83,13 @@ def next_tile(p_runs, run, tile, end, partial):
     tile = gl.where(more, tile + 1, word >> 1)
     partial = gl.where(more, partial, word & 1)
     return run, tile, gl.where(more, end, word_end), partial
+
+
+@builtin
+def tma_reduce_add(desc, coord, src, _semantic=None):
+    """Add a tile in shared memory to global memory, as `tma.async_copy_shared_to_global` would store it.
+
+    Gluon has the operation but no function for it; `tma.store_wait` waits for it too.
+    """
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)

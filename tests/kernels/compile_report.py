@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
 from fm_longctx.kernels.blocks import choose
 from fm_longctx.kernels.forward import forward_kernel
-from fm_longctx.kernels.hopper import forward as hopper_forward
+from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
+from fm_longctx.kernels.hopper import forward as hopper_forward_kernels
 from fm_longctx.kernels.hopper import launch
 
 INTEGERS = {"n_q", "n_k", "heads", "mask_batch", "mask_heads", "intervals", "at", "count"}
@@ -34,7 +35,10 @@ PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backwa
 def main() -> None:
     for name in sys.argv[1:]:
         kind, *parts = name.split("-")
-        report = hopper(*map(int, parts)) if kind == "hopper" else portable(kind, parts[0], *map(int, parts[1:]))
+        if kind in HOPPER:
+            report = HOPPER[kind](*map(int, parts))
+        else:
+            report = portable(kind, parts[0], *map(int, parts[1:]))
         print(json.dumps({"name": name} | report), flush=True)
 
 
@@ -47,26 +51,50 @@ def portable(kind: str, dtype: str, capability: int, d: int, intervals: int) -> 
     return resources(PORTABLE[kind], types, constants, capability, options)
 
 
-def hopper(d: int, intervals: int, causal: int) -> dict[str, Any]:
+def hopper_forward(d: int, intervals: int, causal: int) -> dict[str, Any]:
     config = launch.FORWARD[d]
-
-    def matrix(rows: int) -> str:
-        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4, transposed=False, "
-        return f"tensordesc<bf16[1, {rows}, 1, {d}],{layout}fp4_padded=False, cga_layout=[])>"
-
-    layout = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2, transposed=False, "
     rows = max(2, triton.next_power_of_2(2 * intervals))
     types = {
-        "q_desc": matrix(64),
-        "k_desc": matrix(config.block_n),
-        "v_desc": matrix(config.block_n),
-        "out_desc": matrix(64),
-        "bounds_desc": f"tensordesc<i32[{rows}, {config.block_n}],{layout}fp4_padded=False, cga_layout=[])>",
+        "q_desc": descriptor("bf16", 1, 64, 1, d),
+        "k_desc": descriptor("bf16", 1, config.block_n, 1, d),
+        "v_desc": descriptor("bf16", 1, config.block_n, 1, d),
+        "out_desc": descriptor("bf16", 1, 64, 1, d),
+        "bounds_desc": descriptor("i32", rows, config.block_n),
     }
     constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, D_V=d, STAGES=config.stages, INTERVALS=intervals)
     constants |= dict(CAUSAL=bool(causal), TMA_STORE=True, PING_PONG=config.ping_pong)
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
-    return resources(hopper_forward.forward_kernel, types, constants, 90, dict(num_warps=4))
+    return resources(hopper_forward_kernels.forward_kernel, types, constants, 90, dict(num_warps=4))
+
+
+def hopper_backward(d: int, intervals: int, causal: int, dq: int, tma_store: int) -> dict[str, Any]:
+    config = launch.BACKWARD[d]
+    types = {
+        "q_desc": descriptor("bf16", 1, config.block_m, 1, d),
+        "k_desc": descriptor("bf16", 1, 64, 1, d),
+        "v_desc": descriptor("bf16", 1, 64, 1, d),
+        "dout_desc": descriptor("bf16", 1, config.block_m, 1, d),
+        "stats_desc": descriptor("fp32", 2, config.block_m),
+        "dq_desc": descriptor("fp32" if dq else "bf16", 1, 64, 1, 64),
+        "dk_desc": descriptor("bf16", 1, 64, 1, d),
+        "dv_desc": descriptor("bf16", 1, 64, 1, d),
+    }
+    if not tma_store:
+        types |= {"p_dk": "*fp32", "p_dv": "*fp32"}
+    constants = dict(KV_SHARE=4, BLOCK_M=config.block_m, D=d, STAGES=config.stages, INTERVALS=intervals)
+    constants |= dict(CAUSAL=bool(causal), TMA_STORE=bool(tma_store), DQ=bool(dq))
+    constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
+    return resources(hopper_backward_kernels.backward_kernel, types, constants, 90, dict(num_warps=4))
+
+
+def descriptor(dtype: str, *box: int) -> str:
+    """Type of the TMA descriptors that the launch makes: swizzled if of `[B, N, H, D]`, plain if a table."""
+    bits, swizzle = (16 if dtype == "bf16" else 32), (128 if len(box) == 4 else 0)
+    layout = f"swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)}, transposed=False"
+    return f"tensordesc<{dtype}{list(box)},NVMMASharedLayout({layout}, fp4_padded=False, cga_layout=[])>"
+
+
+HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward}
 
 
 def resources(

@@ -9,7 +9,11 @@ import pytest
 
 # Bytes a block may have: sm_80, sm_90 and sm_100 (CUDA programming guide, compute capabilities).
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-HOPPER = ["hopper-64-1-1", "hopper-128-0-1", "hopper-128-2-0", "hopper-128-3-0", "hopper-256-1-1"]
+# D, intervals, causal; and of the backward: with dQ, 16-bit gradients.
+FORWARD = [f"hopper_forward-{d}" for d in ("64-1-1", "128-0-1", "128-2-0", "128-3-0", "256-1-1")]
+BACKWARD = [f"hopper_backward-{d}-1-1-1-1" for d in (64, 128)]
+BACKWARD += [f"hopper_backward-{d}-3-0-{rest}" for d in (64, 128) for rest in ("1-1", "1-0", "0-1")]
+HOPPER = FORWARD + BACKWARD
 PORTABLE = [f"{kind}-{cap}-128-1" for cap in SHARED for kind in ("forward", "query", "key")]
 # Bytes spilled that are known and measured to be worth it: 64x64 with 4 warps was the fastest dK, dV block.
 SPILLS = {"key-90-128-1": 512}

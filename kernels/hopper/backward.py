@@ -1,0 +1,321 @@
+"""The Hopper backward kernel, in Gluon: a TMA producer warp and two consumer warpgroups of 64 key columns each.
+
+One CTA owns 128 columns of one key/value head. The producer streams Q and dO of the row-blocks that see them, for
+every query head of the group in turn, so that dK and dV stay in registers and have one writer. Scores are computed
+transposed, S^T = K Q^T and dP^T = V dO^T: then P^T and dS^T are already laid out as the register operands of
+dV += P^T dO and dK += dS^T Q. For dQ = dS K the two warpgroups exchange dS through shared memory, each computes a half
+of the tile's dQ over all 128 columns, and TMA adds it to a float32 sum in global memory, whose order varies between
+runs. With DQ = False that part is left out, and what remains is bitwise repeatable.
+
+Source: FlashAttention-3 (arXiv 2407.08608), section 3 and its Hopper backward, over FlashMask's visible tiles.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fm_longctx.kernels.hopper.primitives import hide_columns, next_tile, open_list, tma_reduce_add
+
+
+@gluon.jit
+def _produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    stats_desc,
+    q_s,
+    k_s,
+    v_s,
+    dout_s,
+    stats_s,
+    kv_full,
+    full,
+    empty,
+    p_runs,
+    p_first,
+    p_tiles,
+    b,
+    h_kv,
+    block,
+    blocks,
+    n_q,
+    heads,
+    mask_batch,
+    mask_heads,
+    KV_SHARE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+    for w in gl.static_range(2):
+        n0 = block * 128 + 64 * w
+        tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], kv_full, k_s.index(w))
+        tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], kv_full, v_s.index(w))
+    size: gl.constexpr = q_desc.block_type.nbytes + dout_desc.block_type.nbytes + stats_desc.block_type.nbytes
+    row_blocks = (n_q + BLOCK_M - 1) // BLOCK_M
+    step = 0
+    for shared in range(KV_SHARE):
+        h = h_kv * KV_SHARE + shared
+        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+        run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
+        for _ in range(gl.load(p_tiles + group * blocks + block)):
+            stage = step % STAGES
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, size)
+            tma.async_copy_global_to_shared(q_desc, [b, tile * BLOCK_M, h, 0], bar, q_s.index(stage))
+            stats_row = 2 * ((b * heads + h) * row_blocks + tile)
+            tma.async_copy_global_to_shared(stats_desc, [stats_row, 0], bar, stats_s.index(stage))
+            tma.async_copy_global_to_shared(dout_desc, [b, tile * BLOCK_M, h, 0], bar, dout_s.index(stage))
+            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
+            step += 1
+
+
+@gluon.jit
+def _query_gradient(w: gl.constexpr, first, second, k_s, BLOCK_M: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Warpgroup w's half of dS K, in flight: D / 2 of the columns of 64 rows, or 64 of 128 rows.
+
+    first and second: `[64, BLOCK_M]` of dS^T in shared memory, one warpgroup's each.
+    """
+    blank = gl.full([64, 64], 0.0, gl.float32, LAYOUT)
+    if BLOCK_M == 64:
+        k0 = k_s.index(0).reshape([64, D]).slice(w * (D // 2), D // 2, 1)
+        k1 = k_s.index(1).reshape([64, D]).slice(w * (D // 2), D // 2, 1)
+    else:
+        first, second = first.slice(64 * w, 64, 1), second.slice(64 * w, 64, 1)
+        k0, k1 = k_s.index(0).reshape([64, D]), k_s.index(1).reshape([64, D])
+    dq = warpgroup_mma(first.permute((1, 0)), k0, blank, use_acc=False, is_async=True)
+    return warpgroup_mma(second.permute((1, 0)), k1, dq, is_async=True)
+
+
+@gluon.jit
+def _consume(
+    w: gl.constexpr,
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    p_dk,
+    p_dv,
+    p_starts,
+    p_ends,
+    stride_dn,
+    q_s,
+    k_s,
+    v_s,
+    dout_s,
+    stats_s,
+    ds_s,
+    dq_s,
+    kv_full,
+    full,
+    empty,
+    ds_full,
+    p_runs,
+    p_first,
+    p_tiles,
+    b,
+    h_kv,
+    block,
+    blocks,
+    n_q,
+    n_k,
+    heads,
+    mask_batch,
+    mask_heads,
+    scale,
+    KV_SHARE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TMA_STORE: gl.constexpr,
+    DQ: gl.constexpr,
+):
+    LOG2E: gl.constexpr = 1.4426950408889634
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    KV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, KV, 2)
+    dtype: gl.constexpr = q_s.dtype
+    scale_log2 = scale * LOG2E
+    n0 = block * 128 + 64 * w
+    o_n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    dk = gl.full([64, D], 0.0, gl.float32, KV)
+    dv = gl.full([64, D], 0.0, gl.float32, KV)
+    blank = gl.full([64, BLOCK_M], 0.0, gl.float32, S)
+    k = k_s.index(w).reshape([64, D])
+    v = v_s.index(w).reshape([64, D])
+    mbarrier.wait(kv_full, 0)
+
+    step = 0
+    for shared in range(KV_SHARE):
+        h = h_kv * KV_SHARE + shared
+        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+        p_bounds = group.to(gl.int64) * INTERVALS * n_k
+        run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
+        for _ in range(gl.load(p_tiles + group * blocks + block)):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            q = q_s.index(stage).reshape([BLOCK_M, D])
+            dout = dout_s.index(stage).reshape([BLOCK_M, D])
+            stats = stats_s.index(stage)
+            m0 = tile * BLOCK_M
+            hidden = partial != 0
+            # A step ahead: the entry of the next tile arrives while this one is computed.
+            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
+
+            mbarrier.wait(full.index(stage), phase)
+            s = warpgroup_mma(k, q.permute((1, 0)), blank, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, dout.permute((1, 0)), blank, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            if hidden:
+                # fmt: off
+                s = hide_columns(s, o_n, m0, n_q, n_k, p_starts + p_bounds, p_ends + p_bounds,
+                                 BLOCK_M, S, CAUSAL, INTERVALS)
+                # fmt: on
+            p = gl.exp2(s * scale_log2 - stats.slice(0, 1, 0).load(S))
+            # Before dS is formed, which hides it; and the wait for dP cannot move above the exponentials that hide dP.
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P), dout, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = (p * (dp - stats.slice(1, 1, 0).load(S))).to(dtype)
+            if DQ:
+                # Two buffers in turn: whoever writes the one of two tiles ago has seen the other warpgroup arrive
+                # for the last tile, hence done with reading it.
+                ds_s.index(2 * (step & 1) + w).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full, count=1)
+            dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
+            if DQ:
+                mbarrier.wait(ds_full, step & 1)
+                first = 2 * (step & 1)
+                dq = _query_gradient(w, ds_s.index(first), ds_s.index(first + 1), k_s, BLOCK_M, D, HALF)
+                dv, dk = warpgroup_mma_wait(2, deps=(dv, dk))
+                mbarrier.arrive(empty.index(stage), count=1)
+                # The sum of the last tile has left the buffer.
+                tma.store_wait(0)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                dq_s.index(w).reshape([64, 64]).store(dq)
+                fence_async_shared()
+                if BLOCK_M == 64:
+                    tma_reduce_add(dq_desc, [b, m0, h, w * (D // 2)], dq_s.index(w))
+                else:
+                    tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_s.index(w))
+            else:
+                dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+                mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+
+    if TMA_STORE:
+        # Nobody else reads V of these columns. K the other warpgroup still needs for dQ: dK leaves by dQ's buffer.
+        tma.store_wait(0)
+        dv_out = v_s.index(w)._reinterpret(dtype, [1, 64, 1, D], dv_desc.layout)
+        dk_out = dq_s.index(w)._reinterpret(dtype, [1, 64, 1, D], dk_desc.layout)
+        dv_out.reshape([64, D]).store(dv.to(dtype))
+        dk_out.reshape([64, D]).store((dk * scale).to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dv_desc, [b, n0, h_kv, 0], dv_out)
+        tma.async_copy_shared_to_global(dk_desc, [b, n0, h_kv, 0], dk_out)
+        tma.store_wait(0)
+    else:
+        o_row = gl.expand_dims(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, KV)), 1)
+        o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, KV)), 0)
+        offsets = o_row.to(gl.int64) * stride_dn + o_d
+        gl.store(p_dv + offsets, dv, mask=o_row < n_k)
+        gl.store(p_dk + offsets, dk * scale, mask=o_row < n_k)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def backward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    stats_desc,
+    dq_desc,
+    dk_desc,
+    dv_desc,
+    p_dk,
+    p_dv,
+    p_starts,
+    p_ends,
+    p_runs,
+    p_first,
+    p_tiles,
+    p_order,
+    stride_db,
+    stride_dn,
+    stride_dh,
+    n_q,
+    n_k,
+    heads,
+    mask_batch,
+    mask_heads,
+    scale,
+    KV_SHARE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TMA_STORE: gl.constexpr,
+    DQ: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+):
+    b, h_kv = gl.program_id(2), gl.program_id(1)
+    blocks = gl.num_programs(0)
+    # The first query head's order serves the whole group of heads: it only decides when a block runs.
+    first = (b % mask_batch) * mask_heads + h_kv * KV_SHARE // (heads // mask_heads)
+    block = gl.load(p_order + first * blocks + gl.program_id(0))
+    p_dk += b.to(gl.int64) * stride_db + h_kv * stride_dh
+    p_dv += b.to(gl.int64) * stride_db + h_kv * stride_dh
+
+    dtype: gl.constexpr = q_desc.dtype
+    HALVES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_M, 1, D], q_desc.layout)
+    dout_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_M, 1, D], dout_desc.layout)
+    stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
+    ds_s, dq_s = q_s, k_s
+    if DQ:
+        ds_s = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALVES)
+        dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 64, 1, 64], dq_desc.layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(ds_full, count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (0, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_dn,
+                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, kv_full, full, empty, ds_full,
+                        p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q, n_k, heads, mask_batch, mask_heads,
+                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ)),
+            (_consume, (1, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_dn,
+                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, kv_full, full, empty, ds_full,
+                        p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q, n_k, heads, mask_batch, mask_heads,
+                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ)),
+            (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s,
+                        kv_full, full, empty, p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q,
+                        heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, 24],
+    )
+    # fmt: on
