@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fm_longctx.mask.canonical import diagonal
+from fm_longctx.mask.runs import MaskedRuns
 
 if TYPE_CHECKING:
     from fm_longctx.mask.flash_mask import FlashMask
@@ -40,26 +41,11 @@ def to_intervals(visible: Tensor, *, max_intervals: int) -> tuple[Tensor, Tensor
         raise ValueError(
             f"visible must be bool [N_q, N_k] or [B, H_mask, N_q, N_k], got {visible.dtype} {list(visible.shape)}."
         )
-    if max_intervals < 0:
-        raise ValueError(f"max_intervals must be >= 0, got {max_intervals}.")
-    masked = ~(visible[None, None] if visible.ndim == 2 else visible)
-    b, h, n_q, n_k = masked.shape
-    # Runs of masked rows begin and end where the column, padded with visible rows, changes.
-    padded = torch.zeros((b, h, n_k, n_q + 2), dtype=torch.int8, device=masked.device)
-    padded[..., 1:-1] = masked.transpose(2, 3)
-    change = padded.diff(dim=-1)
-    runs = (change == 1).sum(-1)
-    most = int(runs.max()) if runs.numel() else 0
-    if most > max_intervals:
-        first = (runs > max_intervals).nonzero()[0].tolist()
-        raise ValueError(
-            f"column {first[2]} (batch {first[0]}, head {first[1]}) has {int(runs[tuple(first)])} masked intervals, "
-            f"more than max_intervals={max_intervals}. Pass max_intervals={most} to keep this mask exactly."
-        )
-    starts = torch.full((b, h, most, n_k), n_q, dtype=torch.int32, device=masked.device)
-    ends = starts.clone()
-    slot = (change == 1).cumsum(-1) - 1
-    for bounds, edge in ((starts, 1), (ends, -1)):
-        i_b, i_h, column, row = (change == edge).nonzero(as_tuple=True)
-        bounds[i_b, i_h, slot[i_b, i_h, column, row], column] = row.int()
-    return starts, ends
+    dense = visible[None, None] if visible.ndim == 2 else visible
+    b, h, n_q, n_k = dense.shape
+    runs = MaskedRuns(b, h, n_q, n_k, max_intervals=max_intervals, device=dense.device)
+    if n_q:
+        for i in range(b):
+            for j in range(h):
+                runs.add(~dense[i, j], b=i, h=j, first_row=0, first_column=0)
+    return runs.intervals()

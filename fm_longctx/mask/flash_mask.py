@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fm_longctx.mask import dense, draw, packed, reindex, startend
 from fm_longctx.mask.canonical import canonicalize, diagonal
+from fm_longctx.mask.mask_mod import MaskMod, evaluate_mask_mod
 from fm_longctx.mask.tiles import SKIPPED, tile_states
 
 
@@ -145,6 +146,38 @@ class FlashMask:
         """
         starts, ends = dense.to_intervals(visible, max_intervals=max_intervals)
         return cls(starts, ends, causal=False, num_rows=visible.shape[-2])
+
+    @classmethod
+    def from_mask_mod(
+        cls,
+        mask_mod: MaskMod,
+        *,
+        num_rows: int,
+        num_columns: int,
+        batch: int = 1,
+        heads: int = 1,
+        device: torch.device | str = "cpu",
+        max_intervals: int = 4,
+        block: int = 1024,
+    ) -> FlashMask:
+        """From FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, True = visible, with the fewest intervals.
+
+        The function is called under `torch.vmap`, on `block` x `block` scores at a time; that is all the memory it
+        takes. Every score is evaluated, so time is O(N_q x N_k): build such a mask once and keep it, and use a builder
+        of `fm_longctx.mask` where one says the same. The result has `causal=False`. A ValueError names the first
+        column that needs more than `max_intervals`; see `fm_longctx.mask.mask_mod`.
+        """
+        starts, ends = evaluate_mask_mod(
+            mask_mod,
+            num_rows=num_rows,
+            num_columns=num_columns,
+            batch=batch,
+            heads=heads,
+            device=torch.device(device),
+            max_intervals=max_intervals,
+            block=block,
+        )
+        return cls(starts, ends, causal=False, num_rows=num_rows)
 
     def to_dense(self) -> Tensor:
         """Bool `[B, H_mask, N_q, N_k]`, True = visible. N_q x N_k memory: for tests and pictures."""
