@@ -8,7 +8,10 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined, so before anything imports one; worker processes inherit it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests import distributed
+from tests import distributed, properties
+
+# Before the test modules are imported: their decorators read the profile.
+properties.load_profile()
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fm_longctx import FlashMask
 from tests.mask.oracle import dense_of_words, index_of_part, runs
+from tests.properties import examples
 
 lengths_lists = st.lists(st.integers(0, 6), min_size=1, max_size=6)
 
@@ -22,7 +23,7 @@ def dense_masks(draw):
     return torch.tensor(flags, dtype=torch.bool).view(b, h, n_q, n_k)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(dense_masks())
 def test_from_dense_round_trip_with_fewest_intervals(visible):
     mask = FlashMask.from_dense(visible)
@@ -62,7 +63,7 @@ def test_from_dense_refuses(visible, options, message):
         FlashMask.from_dense(visible, **options)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(lengths_lists, st.booleans())
 def test_packed_documents(lengths, causal):
     part = index_of_part(lengths)
@@ -81,7 +82,7 @@ def test_packed_documents(lengths, causal):
         assert mask.causal == causal
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.integers(1, 3), st.integers(1, 9), st.data())
 def test_position_ids_of_a_batch(batch, n, data):
     # Any positions, not only those that restart at 0: a document starts wherever they do not rise by one.

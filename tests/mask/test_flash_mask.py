@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fm_longctx import FlashMask
 from fm_longctx.mask import causal_document, full, sliding_window
 from tests.mask.oracle import Raw, dense_of_intervals, raw_masks, runs
+from tests.properties import examples
 
 _SHAPE = (1, 2, 6, 5)
 
@@ -18,7 +19,7 @@ def build(raw: Raw) -> FlashMask:
     return FlashMask(raw.starts, raw.ends, causal=raw.causal, num_rows=raw.num_rows)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(raw_masks())
 def test_dense_and_area(raw):
     expected = dense_of_intervals(raw)
@@ -28,7 +29,7 @@ def test_dense_and_area(raw):
     assert torch.equal(mask.area(), expected.sum((2, 3)))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(raw_masks())
 def test_canonical_form(raw):
     mask = build(raw)
@@ -52,7 +53,7 @@ def test_canonical_form(raw):
     assert torch.equal(again.starts, mask.starts) and torch.equal(again.ends, mask.ends)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(raw_masks(shape=_SHAPE), raw_masks(shape=_SHAPE), st.randoms(use_true_random=False))
 def test_fingerprint_is_equal_exactly_for_equal_masks(a, b, random):
     mask, other = build(a), build(b)
@@ -87,7 +88,7 @@ def test_a_change_of_one_bound_changes_the_fingerprint():
         assert FlashMask(starts, mask.ends, causal=True).fingerprint() != mask.fingerprint()
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.data())
 def test_and(data):
     n_q, n_k = data.draw(st.integers(0, 7)), data.draw(st.integers(0, 7))
@@ -99,7 +100,7 @@ def test_and(data):
     assert both.causal == (a.causal or b.causal)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(raw_masks(), st.data())
 def test_select_is_dense_indexing(raw, data):
     n_q, n_k = raw.num_rows, raw.starts.shape[3]

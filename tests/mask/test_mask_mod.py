@@ -14,6 +14,7 @@ from fm_longctx import FlashMask
 from fm_longctx.mask import builders
 from fm_longctx.mask.mask_mod import _TensorsAsIndices
 from tests.mask.oracle import index_of_part, runs
+from tests.properties import examples
 
 LENGTHS = [7, 1, 20, 0, 13, 9]
 PART = torch.tensor(index_of_part(LENGTHS))
@@ -130,7 +131,7 @@ def test_indexing_reads_no_value():
     assert operations.count(torch.ops.aten._local_scalar_dense.default) == 1, "that of int()"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.data())
 def test_any_function(data):
     b, h = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fm_longctx import FlashMask
 from fm_longctx.mask import causal_document, document, full, global_sliding_window, sliding_window
 from tests.mask.oracle import INT32
+from tests.properties import examples
 
 FORMS = [(True, 1), (True, 2), (False, 2), (False, 4)]
 
@@ -61,7 +62,7 @@ def says(visible, causal, count):
     return True
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=examples(400))
 @given(vectors())
 def test_meaning_round_trip_and_fewest(case):
     indices, causal, n_q = case

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fm_longctx import FlashMask
 from fm_longctx.mask import causal, causal_document, full, tiles
 from tests.mask.oracle import dense_of_intervals, raw_masks
+from tests.properties import examples
 
 
 def brute_force(dense, block_m, block_n):
@@ -23,7 +24,7 @@ def brute_force(dense, block_m, block_n):
     return areas, sizes
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(raw_masks(), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 7, 1 << 23]))
 def test_states_and_areas(raw, block_m, block_n, cells_at_once):
     mask = FlashMask(raw.starts, raw.ends, causal=raw.causal, num_rows=raw.num_rows)
@@ -48,7 +49,7 @@ def test_a_tile_masked_only_jointly_is_skipped():
     assert tiles.tile_states(mask, 4, 4)[0, 0].tolist() == [[tiles.SKIPPED], [tiles.FULL]]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(raw_masks(), st.integers(1, 4), st.integers(1, 4))
 def test_sparsity(raw, block_m, block_n):
     mask = FlashMask(raw.starts, raw.ends, causal=raw.causal, num_rows=raw.num_rows)
