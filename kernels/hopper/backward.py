@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_columns, next_tile, open_list, tma_reduce_add
+from fm_longctx.kernels.hopper.primitives import hide_columns, next_tile, open_list, peek, tma_reduce_add
 
 
 @gluon.jit
@@ -74,7 +74,8 @@ def _produce(
             stats_row = 2 * ((b * heads + h) * row_blocks + tile)
             tma.async_copy_global_to_shared(stats_desc, [stats_row, 0], bar, stats_s.index(stage))
             tma.async_copy_global_to_shared(dout_desc, [b, tile * BLOCK_M, h, 0], bar, dout_s.index(stage))
-            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
+            word, word_end = peek(p_runs, run)
+            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
             step += 1
 
 
@@ -168,15 +169,12 @@ def _consume(
             dout = dout_s.index(stage).reshape([BLOCK_M, D])
             stats = stats_s.index(stage)
             m0 = tile * BLOCK_M
-            hidden = partial != 0
-            # A step ahead: the entry of the next tile arrives while this one is computed.
-            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
-
             mbarrier.wait(full.index(stage), phase)
             s = warpgroup_mma(k, q.permute((1, 0)), blank, use_acc=False, is_async=True)
             dp = warpgroup_mma(v, dout.permute((1, 0)), blank, use_acc=False, is_async=True)
+            word, word_end = peek(p_runs, run)
             s = warpgroup_mma_wait(1, deps=(s,))
-            if hidden:
+            if partial:
                 # fmt: off
                 s = hide_columns(s, o_n, m0, n_q, n_k, p_starts + p_bounds, p_ends + p_bounds,
                                  BLOCK_M, S, CAUSAL, INTERVALS)
@@ -211,6 +209,7 @@ def _consume(
             else:
                 dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
                 mbarrier.arrive(empty.index(stage), count=1)
+            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
             step += 1
 
     if TMA_STORE:

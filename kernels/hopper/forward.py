@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list
+from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek
 
 
 @gluon.jit
@@ -98,7 +98,8 @@ def _produce(
                bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=False)
         for i in range(1, count):
             before = tile
-            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
+            word, word_end = peek(p_runs, run)
+            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
             _fetch(i, tile, partial, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
                    bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=True)
         _fetch(count, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
@@ -158,6 +159,7 @@ def _consume(
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
     PING_PONG: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
 ):
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -174,6 +176,9 @@ def _consume(
     split_sum = _sum_in_thread(blank, 64, BLOCK_N)
     q = q_s.index(w).reshape([64, D])
     mbarrier.wait(q_full.index(w), 0)
+    if Q_IN_REGISTERS:
+        # Read once instead of by every S = Q K^T: shared memory is what the products share with the copies.
+        q = q.load(gl.DotOperandLayout(0, S, 2))
 
     if count > 0:
         run, tile, end, partial = open_list(p_first, p_runs, at)
@@ -186,11 +191,12 @@ def _consume(
         mbarrier.arrive(empty.index(0), count=1)
         p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
         p = gl.convert_layout(p.to(dtype), P)
+        word, word_end = peek(p_runs, run)
+        run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
 
         for i in range(1, count):
             stage = i % STAGES
             phase = (i // STAGES) & 1
-            run, tile, end, partial = next_tile(p_runs, run, tile, end, partial)
             mbarrier.wait(full.index(stage), phase)
             if PING_PONG:
                 mbarrier.wait(turn.index(w), (i - 1) & 1)
@@ -200,6 +206,7 @@ def _consume(
             token = warpgroup_mma(p, v, b_out, is_async=True)
             if PING_PONG:
                 mbarrier.arrive(turn.index(1 - w), count=1)
+            word, word_end = peek(p_runs, run)
             s = warpgroup_mma_wait(1, deps=(s,))
             if partial:
                 n0 = tile * BLOCK_N
@@ -209,6 +216,7 @@ def _consume(
             # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting the
             # wait for P V above the softmax that is to hide it.
             mbarrier.wait(full.index(stage), phase)
+            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
             b_out = warpgroup_mma_wait(0, deps=(token,))
             mbarrier.arrive(empty.index(stage), count=1)
             b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
@@ -269,6 +277,7 @@ def forward_kernel(
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
     PING_PONG: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     b, h = gl.program_id(2), gl.program_id(1)
@@ -304,10 +313,10 @@ def forward_kernel(
         [
             (_consume, (0, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
                         p_first, p_runs, at, count, b, h, m0, n_q, n_k, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG, Q_IN_REGISTERS)),
             (_consume, (1, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
                         p_first, p_runs, at, count, b, h, m0, n_q, n_k, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG)),
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG, Q_IN_REGISTERS)),
             (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, q_full, full, empty,
                         p_first, p_runs, at, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
                         BLOCK_N, STAGES, INTERVALS)),

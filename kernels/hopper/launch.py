@@ -34,12 +34,13 @@ schedule = tile_runs
 class Config(NamedTuple):
     block_n: int
     stages: int
-    ping_pong: bool
+    ping_pong: bool = False
+    q_in_registers: bool = False
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper.py times the alternatives.
-FORWARD = {64: Config(128, 3, False), 128: Config(128, 2, False), 256: Config(64, 2, False)}
+FORWARD = {64: Config(128, 3), 128: Config(128, 2), 256: Config(64, 2)}
 
 
 class BackwardConfig(NamedTuple):
@@ -130,6 +131,7 @@ def forward(
             CAUSAL=mask.causal,
             TMA_STORE=out_dtype == q.dtype,
             PING_PONG=config.ping_pong,
+            Q_IN_REGISTERS=config.q_in_registers,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )

@@ -74,10 +74,14 @@ def open_list(p_first, p_runs, at):
 
 
 @gluon.jit
-def next_tile(p_runs, run, tile, end, partial):
-    """One tile on. The next run is read at every step, needed or not, so that nothing waits for it when it is."""
-    word = gl.load(p_runs + 2 * run + 2)
-    word_end = gl.load(p_runs + 2 * run + 3)
+def peek(p_runs, run):
+    """The run after this one, in flight. Read at every step, needed or not, and long before `next_tile` looks at it."""
+    return gl.load(p_runs + 2 * run + 2), gl.load(p_runs + 2 * run + 3)
+
+
+@gluon.jit
+def next_tile(run, tile, end, partial, word, word_end):
+    """One tile on; word and word_end: what `peek` read."""
     more = tile + 1 < end
     run = gl.where(more, run, run + 1)
     tile = gl.where(more, tile + 1, word >> 1)

@@ -37,7 +37,7 @@ def run(variant: Variant, backend: str, d: int, dtype: torch.dtype) -> bool:
     mask, visible = variant.mask.to(DEVICE), variant.visible.to(DEVICE)
     shape = {"batch": BATCH, "heads": HEADS, "kv_heads": KV_HEADS, "d": d, "dtype": dtype}
     q, k, v = random_inputs(rows=mask.num_rows, columns=mask.num_columns, **shape)
-    if load_backend(backend).refusal(q, v, mask.num_intervals) is not None:
+    if load_backend(backend).refusal(q, v, mask.num_intervals, None) is not None:
         return False
 
     def attend(q, k, v):

@@ -62,7 +62,9 @@ def hopper_forward(d: int, intervals: int, causal: int) -> dict[str, Any]:
         "bounds_desc": descriptor("i32", rows, config.block_n),
     }
     constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, D_V=d, STAGES=config.stages, INTERVALS=intervals)
-    constants |= dict(CAUSAL=bool(causal), TMA_STORE=True, PING_PONG=config.ping_pong)
+    constants |= dict(
+        CAUSAL=bool(causal), TMA_STORE=True, PING_PONG=config.ping_pong, Q_IN_REGISTERS=config.q_in_registers
+    )
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_forward_kernels.forward_kernel, types, constants, 90, dict(num_warps=4))
 
