@@ -168,29 +168,45 @@ def tile_states_kernel(
     group = tl.program_id(2).to(tl.int64)
     column = first_column + tl.program_id(0)
     o_r = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    # Rows of each row-block: [low, high).
-    low = ((first_row + o_r) * BLOCK_M)[:, None]
-    high = tl.minimum(low + BLOCK_M, n_q)
     o_n = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    inside = o_n < n_k
-    # [BLOCKS, BN]: masked rows of each column in each row-block. Canonical intervals neither overlap each other nor
-    # the part above the diagonal, so their shares add up.
-    masked = tl.zeros([BLOCKS, BLOCK_N], tl.int32)
+    width = tl.minimum(n_k - column * BLOCK_N, BLOCK_N)
     p_starts += group * intervals * n_k
     p_ends += group * intervals * n_k
+    untouched = tl.where(width == BLOCK_N, FULL, PARTIAL)
+
+    # All row-blocks as one tile first: most such tiles are untouched or hidden altogether, and so are their parts.
+    low = ((first_row + tl.program_id(1) * BLOCKS) * BLOCK_M + tl.zeros([1], tl.int32))[:, None]
+    high = tl.minimum(low + BLOCKS * BLOCK_M, n_q)
+    count = tl.sum(masked_rows(p_starts, p_ends, o_n, low, high, n_q, n_k, intervals, CAUSAL).to(tl.int64))
+    if count == 0:
+        state = untouched + tl.zeros([BLOCKS], tl.int32)
+    elif count == tl.sum((high - low).to(tl.int64) * width):
+        state = tl.zeros([BLOCKS], tl.int32)
+    else:
+        low = ((first_row + o_r) * BLOCK_M)[:, None]
+        high = tl.minimum(low + BLOCK_M, n_q)
+        masked = tl.sum(masked_rows(p_starts, p_ends, o_n, low, high, n_q, n_k, intervals, CAUSAL), 1)
+        size = tl.sum((high - low) * width, 1)
+        state = tl.where(masked == size, 0, tl.where(masked == 0, untouched, PARTIAL))
+    p_tile = p_states + group * stride_g + o_r * stride_r + tl.program_id(0) * stride_c
+    tl.store(p_tile, state.to(tl.int8), mask=o_r < rows)
+
+
+@triton.jit
+def masked_rows(p_starts, p_ends, o_n, low, high, n_q, n_k, intervals, CAUSAL: tl.constexpr):
+    """How many of the rows `[low, high)` each column hides: `[blocks, BN]`, for low and high `[blocks, 1]`.
+
+    Canonical intervals overlap neither each other nor what lies above the diagonal, so their shares add up.
+    """
+    inside = o_n < n_k
+    masked = tl.zeros([low.shape[0], o_n.shape[1]], tl.int32)
     for i in range(intervals):
         b_start = tl.load(p_starts + i * n_k + o_n, mask=inside, other=0)
         b_end = tl.load(p_ends + i * n_k + o_n, mask=inside, other=0)
         masked += tl.maximum(tl.minimum(b_end, high) - tl.maximum(b_start, low), 0)
     if CAUSAL:
         masked += tl.where(inside, tl.maximum(tl.minimum(o_n - (n_k - n_q), high) - low, 0), 0)
-    count = tl.sum(masked, 1)
-    width = tl.minimum(n_k - column * BLOCK_N, BLOCK_N)
-    size = (tl.minimum(low + BLOCK_M, n_q) - low) * width
-    size = tl.sum(size, 1)
-    state = tl.where(count == size, 0, tl.where((count == 0) & (width == BLOCK_N), FULL, PARTIAL))
-    p_tile = p_states + group * stride_g + o_r * stride_r + tl.program_id(0) * stride_c
-    tl.store(p_tile, state.to(tl.int8), mask=o_r < rows)
+    return masked
 
 
 @triton.jit
