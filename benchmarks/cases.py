@@ -35,18 +35,53 @@ def document_lengths(n: int, seed: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
 
 
-def cases(n: int, seed: int = 0) -> list[Case]:
-    """The paper's twelve cases at n tokens, then prefix tree and lambda."""
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What is drawn for the cases at one length: every case is a function of these numbers."""
+
+    lengths: list[int]
+    """Documents."""
+    questions: list[list[int]]
+    """Per document the length of its question, then of its answers."""
+    prefixes: list[int]
+    """Per document, how many of its first tokens every token of it sees."""
+    dropped: list[tuple[int, int]]
+    """Ranges of positions that do not see each other."""
+    parents: list[int]
+    node_lengths: list[int]
+    """Nodes of the prefix tree, in depth-first order."""
+    evicted: FlashMask
+    window: int
+    sinks: int
+
+
+def draw(n: int, seed: int = 0) -> Draw:
     lengths = document_lengths(n, seed)
     generator = random.Random(seed + 1)
     questions = [_split(length, generator.randint(3, 7), generator) for length in lengths]
     prefixes = [generator.randint(1, length) for length in lengths]
     parents, node_lengths = _tree(n, generator)
-    evicted = builders.random_eviction(n, seed=seed)
-    window, sinks = max(1, n // 16), min(16, n)
+    return Draw(
+        lengths=lengths,
+        questions=questions,
+        prefixes=prefixes,
+        dropped=[(start, end) for i, (start, end) in enumerate(_Parts(lengths).ranges) if i % 3 == 1],
+        parents=parents,
+        node_lengths=node_lengths,
+        evicted=builders.random_eviction(n, seed=seed),
+        window=max(1, n // 16),
+        sinks=min(16, n),
+    )
+
+
+def cases(n: int, seed: int = 0) -> list[Case]:
+    """The paper's twelve cases at n tokens, then prefix tree and lambda."""
+    drawn = draw(n, seed)
+    lengths, questions, prefixes, dropped = drawn.lengths, drawn.questions, drawn.prefixes, drawn.dropped
+    parents, node_lengths, evicted = drawn.parents, drawn.node_lengths, drawn.evicted
+    window, sinks = drawn.window, drawn.sinks
 
     document = _Parts(lengths)
-    dropped = [(start, end) for i, (start, end) in enumerate(document.ranges) if i % 3 == 1]
     answer = _Parts([length for parts in questions for length in parts])
     is_question = [i == 0 for parts in questions for i in range(len(parts))]
     node = _Parts(node_lengths)
@@ -89,11 +124,7 @@ def cases(n: int, seed: int = 0) -> list[Case]:
         ("full", builders.full(n), everything),
         ("causal", builders.causal(n), causal),
         ("sliding_window", builders.sliding_window(n, window), lambda r, j: causal(r, j) & (r - j < window)),
-        (
-            "causal_document",
-            builders.causal_document(lengths),
-            lambda r, j: causal(r, j) & (document.of(r) == document.of(j)),
-        ),
+        ("causal_document", builders.causal_document(lengths), causal_document_case(lengths).visible),
         ("document", builders.document(lengths), lambda r, j: document.of(r) == document.of(j)),
         ("shared_question", builders.shared_question(questions), shared_question),
         ("global_sliding_window", builders.global_sliding_window(n, sinks, window), global_window),
@@ -110,6 +141,16 @@ def cases(n: int, seed: int = 0) -> list[Case]:
         ),
     ]
     return [Case(name=name, mask=mask, visible=rule) for name, mask, rule in table]
+
+
+def causal_document_case(lengths: list[int], name: str = "causal_document") -> Case:
+    """Packed causal documents of any lengths."""
+    document = _Parts(lengths)
+
+    def visible(r: Tensor, j: Tensor) -> Tensor:
+        return (j <= r) & (document.of(r) == document.of(j))
+
+    return Case(name=name, mask=builders.causal_document(lengths), visible=visible)
 
 
 class _Parts:

@@ -1,0 +1,423 @@
+"""The attention benchmark: its parts against their definitions, and every section end to end on a CPU."""
+
+import json
+import math
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch._functorch.config
+from torch.nn.attention.flex_attention import create_block_mask
+
+from benchmarks import attention, tables, timing
+from benchmarks.attention_check import dense
+from benchmarks.cells import PAPER_CASES, PRESETS, Cell, Scenario, Sizes, scenario, section_cells
+from benchmarks.mask_mods import block_mask, block_mask_bytes, empty_block_mask
+from benchmarks.peers import Inputs, Peer, Run, Settings, competitors, hidden_like, make_inputs
+from benchmarks.race import race
+from benchmarks.records import Records, read
+from benchmarks.sampled_check import errors, expected
+from benchmarks.sparsity import band_of_blocks, document_lengths_at, fit_line, pays_until
+from benchmarks.warm import _compile
+
+ABOUT = {"date": "2026-01-01", "device": "CPU", "torch": "2", "triton": "3", "cuda": "none", "python": "3"}
+ABOUT |= {"commit": "abc", "command": "python"}
+
+
+def cell(case="causal_document", section="cases", **changes):
+    return Cell(**{"section": section, "case": case, "n": 96, "d": 16, "heads": 4, "kv_heads": 2, "batch": 2} | changes)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", [*PAPER_CASES, "pack", "causal_document@50", "causal_document@85"])
+def test_every_form_of_a_mask_is_its_rule_in_words(name, seed):
+    n = 203
+    forms = scenario(name, n, seed)
+    r, j = torch.arange(n, dtype=torch.int32)[:, None], torch.arange(n, dtype=torch.int32)[None, :]
+    words = forms.case.visible(r, j).expand(n, n)
+    assert torch.equal(forms.case.mask.to_dense()[0, 0], words)
+    mask_mod, zero = forms.mask_mod("cpu"), torch.zeros((), dtype=torch.int32)
+    if mask_mod is None:
+        assert words.all()
+    else:
+        assert torch.equal(mask_mod(zero, zero, r, j).expand(n, n), words)
+    if forms.plain:
+        assert torch.equal(words, torch.ones(n, n, dtype=torch.bool) if forms.plain == "full" else (j <= r))
+    if forms.documents:
+        lengths, causal = forms.documents
+        blocks = torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
+        assert torch.equal(words, blocks & (j <= r) if causal else blocks)
+
+
+def test_the_forms_that_peers_take_are_offered_for_the_masks_that_have_them():
+    forms = {name: scenario(name, 203, 0) for name in PAPER_CASES}
+    assert [name for name in forms if forms[name].plain] == ["full", "causal"]
+    assert [name for name in forms if forms[name].documents] == ["causal_document", "document"]
+
+
+@pytest.mark.parametrize("percent", [0, 30, 100])
+def test_a_band_of_blocks_is_its_rule_and_its_function(percent):
+    n = 256
+    forms = scenario(f"band_of_blocks@{percent}", n, 0)
+    r, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    words = forms.case.visible(r, j)
+    assert torch.equal(forms.case.mask.to_dense()[0, 0], words)
+    assert torch.equal(forms.mask_mod("cpu")(r, r, r, j), words)
+
+
+@pytest.mark.parametrize("percent", [0, 10, 50, 90, 100])
+def test_a_band_of_blocks_has_the_sparsity_asked_for_evenly(percent):
+    block, blocks = 32, 20
+    mask = band_of_blocks(block * blocks, percent, block).mask
+    assert mask.sparsity(block) == pytest.approx(percent / 100)
+    tiles = mask.to_dense()[0, 0].unflatten(0, (blocks, block)).unflatten(2, (blocks, block)).float().mean((1, 3))
+    assert set(tiles.unique().tolist()) <= {0.0, 1.0}
+    for axis in (0, 1):
+        assert (tiles.sum(axis) == blocks * (100 - percent) / 100).all()
+
+
+@pytest.mark.parametrize("percent", [50, 60, 70, 80, 90, 95, 99])
+def test_documents_have_the_sparsity_asked_for(percent):
+    n = 32768
+    lengths = document_lengths_at(n, percent)
+    assert sum(lengths) == n and min(lengths) > 0 and len(set(lengths)) <= 2
+    area = sum(length * (length + 1) // 2 for length in lengths)
+    assert 100 * (1 - area / n**2) == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize("percent", [-1, 49, 100])
+def test_documents_cannot_have_any_sparsity(percent):
+    with pytest.raises(ValueError, match="50%"):
+        document_lengths_at(1024, percent)
+
+
+@pytest.mark.parametrize("n", [512, 700])
+@pytest.mark.parametrize("name", ["causal", "document", "global_sliding_window", "random_eviction"])
+def test_a_block_mask_is_what_create_block_mask_makes(name, n):
+    mask_mod = scenario(name, n, 0).mask_mod("cpu")
+    ours, theirs = block_mask(mask_mod, n, "cpu"), create_block_mask(mask_mod, None, None, n, n, device="cpu")
+    tables = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    tables += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+    for table in tables:
+        assert torch.equal(getattr(ours, table), getattr(theirs, table)), table
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    assert block_mask_bytes(n) == sum(getattr(theirs, table).numel() * 4 for table in tables)
+    empty = empty_block_mask(mask_mod, n, "cpu")
+    for table in tables:
+        assert getattr(empty, table).shape == getattr(theirs, table).shape
+        assert getattr(empty, table).dtype == getattr(theirs, table).dtype
+    assert not empty.kv_num_blocks.any() and not empty.full_q_num_blocks.any()
+
+
+@pytest.mark.parametrize("name", PAPER_CASES)
+def test_the_mask_that_compiles_has_the_real_ones_form_and_hides_everything(name):
+    real = scenario(name, 96, 0).case.mask
+    hidden = hidden_like(real)
+    assert (hidden.causal, hidden.num_intervals, hidden.num_rows) == (real.causal, real.num_intervals, real.num_rows)
+    assert hidden.starts.dtype == real.starts.dtype and hidden.starts.shape == real.starts.shape
+    assert not hidden.to_dense().any() if real.num_intervals else hidden is real
+
+
+def test_the_72_cells():
+    cells = section_cells("cases", Sizes())
+    assert len({c.key for c in cells}) == 72
+    assert {(c.n * c.batch, c.heads * c.d, c.kv_heads == c.heads) for c in cells} == {(131072, 4096, True)}
+
+
+# Right and wrong results
+
+
+@pytest.mark.parametrize("name", ["full", "shared_question", "prefix_lm_document"])
+def test_sampled_rows_and_columns_are_those_of_the_whole(name):
+    q, k, v, dout = make_inputs(cell(name), "cpu")
+    rule = scenario(name, 96, 0).case.visible
+    want = expected(q, k, v, dout, rule, samples=40)
+    out, _, dq, dk, dv = dense(q[-1:], k[-1:], v[-1:], dout[-1:], rule, torch.float32)
+    whole = {"out": out[0, want.rows, -1], "dq": dq[0, want.rows, -1]}
+    whole |= {"dk": dk[0, want.columns, -1], "dv": dv[0, want.columns, -1]}
+    for part, (value, budget) in want.parts.items():
+        assert (value - whole[part]).abs().max() <= 1e-5
+        assert 0 < budget < 1e-4
+    assert want.rows.min() == 0 and want.rows.max() == 95
+
+
+def test_a_wrong_result_is_seen():
+    q, k, v, dout = make_inputs(cell(), "cpu")
+    rule = scenario("causal_document", 96, 0).case.visible
+    want = expected(q, k, v, dout, rule)
+
+    def gradients(rule):
+        parts = [dense(q[i : i + 1], k[i : i + 1], v[i : i + 1], dout[i : i + 1], rule, torch.float32) for i in (0, 1)]
+        return [torch.cat([part[i] for part in parts]) for i in (0, 2, 3, 4)]
+
+    out, *right = gradients(rule)
+    assert max(errors(want, out, tuple(right)).values()) <= 1
+    other, *wrong = gradients(lambda r, j: j <= r)
+    assert min(errors(want, other, tuple(wrong)).values()) > 1
+    assert errors(want, out * 1.001, None)["out"] > 1
+    for i, name in enumerate(("dq", "dk", "dv")):
+        broken = [x.clone() for x in right]
+        broken[i][-1, :, -1] = math.nan
+        found = errors(want, out, tuple(broken))
+        assert [part for part, ratio in found.items() if not ratio <= 1] == [name]
+
+
+def test_one_competitor_fails_and_one_is_wrong_and_the_others_are_timed():
+    good = competitors(["reference", "dense", "cudnn"], Settings())
+
+    def broken(inputs: Inputs, forms: Scenario) -> Run:
+        raise RuntimeError("no kernel\nfor this")
+
+    def wrong(inputs: Inputs, forms: Scenario) -> Run:
+        run = good[0].prepare(inputs, forms)
+        return run._replace(forward=lambda: run.forward() * 1.01)
+
+    allow = lambda cell, forms, device: None  # noqa: E731
+    peers = [Peer(name="broken", refusal=allow, prepare=broken), Peer(name="wrong", refusal=allow, prepare=wrong)]
+    rows = {row["competitor"]: row for row in race(cell(), [*peers, *good], "cpu", timing.Timer("cpu", budget_ms=0))}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "broken": "failed",
+        "wrong": "wrong",
+        "reference": "ok",
+        "dense": "ok",
+        "cudnn": "refused",
+    }
+    assert "no kernel" in rows["broken"]["note"] and "out" in rows["wrong"]["note"]
+    assert "forward_ms" not in rows["wrong"] and rows["dense"]["backward_ms"] > 0
+    assert rows["dense"]["area"] == int(scenario("causal_document", 96, 0).case.visible(*grid(96)).sum())
+
+
+def grid(n):
+    return torch.arange(n)[:, None], torch.arange(n)[None, :]
+
+
+def test_no_n_by_n_mask_beyond_the_limit():
+    (peer,) = competitors(["dense"], Settings(dense_limit=64))
+    assert "64" in peer.refusal(cell(), scenario("full", 96, 0), "cpu")
+    assert peer.refusal(cell(n=64), scenario("full", 64, 0), "cpu") is None
+
+
+def test_an_unknown_competitor_is_named():
+    with pytest.raises(ValueError, match="'fa3'"):
+        competitors(["reference", "fa3"], Settings())
+
+
+def test_warming_runs_without_trouble():
+    assert _compile(cell("qk_sparse"), ["reference", "flex", "dense"], Settings(), "cpu") == []
+
+
+# Time
+
+
+class Clock:
+    """Stands still but for what the calls take."""
+
+    def __init__(self, *durations_ms):
+        self.now, self.durations, self.calls = 0.0, durations_ms, 0
+
+    def perf_counter(self):
+        return self.now
+
+    def call(self):
+        self.now += self.durations[min(self.calls, len(self.durations) - 1)] / 1e3
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("durations", "median", "calls"),
+    [
+        ((5000, 10), 10, 2 + 8),  # compiles, then fits the budget eight times
+        ((5000, 100, 104), 104, 3),  # one call is over the budget: three in all, the compiling one left out
+        ((5, 0.1), 0.1, 2 + 50),  # never more than 50
+        ((50, 40, 44, 41, 47), 44, 2 + 3),  # never fewer than three
+    ],
+)
+def test_the_budget_is_spent_and_the_first_call_left_out(durations, median, calls):
+    clock = Clock(*durations, *([durations[-1]] if len(durations) < 5 else [44]))
+    with patch.object(timing, "time", clock):
+        result = timing.Timer("cpu", budget_ms=80)(clock.call)
+    assert result.ms == pytest.approx(median) and clock.calls == calls
+
+
+def test_fewer_than_three_repetitions_are_refused():
+    with pytest.raises(ValueError, match="3 or more"):
+        timing.Timer("cpu", least=2)
+
+
+# Rows
+
+
+def test_a_rerun_skips_what_is_measured(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    records = Records(path, ABOUT)
+    records.add(cell(), {"competitor": "flex", "status": "ok"})
+    records.add(cell(), {"competitor": "dense", "status": "failed", "note": "x"})
+    again = Records(path, ABOUT)
+    assert again.missing(cell(), ["flex", "dense", "triton"]) == ["triton"]
+    assert again.missing(cell(), ["flex", "dense", "triton"], retry=True) == ["dense", "triton"]
+    for changes in ({"n": 97}, {"d": 32}, {"batch": 1}, {"seed": 1}, {"kv_heads": 4}, {"case": "document"}):
+        assert again.missing(cell(**changes), ["flex"]) == ["flex"]
+    for changes in ({"commit": "abd"}, {"device": "H200"}):
+        other = Records(path, ABOUT | changes)
+        assert other.missing(cell(), ["flex"]) == ["flex"] and other.rows() == []
+    fresh = Records(tmp_path / "other.jsonl", ABOUT, [path])
+    assert fresh.missing(cell(), ["flex"]) == [] and len(fresh.rows()) == 2
+    with pytest.raises(ValueError, match="absent"):
+        Records(path, ABOUT, [tmp_path / "absent.jsonl"])
+
+
+def test_the_last_of_two_rows_counts(tmp_path):
+    records = Records(tmp_path / "rows.jsonl", ABOUT)
+    records.add(cell(), {"competitor": "flex", "status": "failed"})
+    records.add(cell(), {"competitor": "flex", "status": "ok"})
+    assert [row["status"] for row in Records(records.path, ABOUT).rows()] == ["ok"]
+
+
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
+    records = Records(tmp_path / "rows.jsonl", ABOUT)
+    records.add(cell(), {"competitor": "flex", "status": "ok"})
+    whole = records.path.read_text()
+    records.path.write_text(whole + whole[:40])
+    again = Records(records.path, ABOUT)
+    again.add(cell(), {"competitor": "dense", "status": "ok"})
+    assert [row["competitor"] for row in read(records.path)] == ["flex", "dense"]
+
+
+# Figures
+
+
+def row(competitor="triton", key="a", status="ok", **figures):
+    shape = {"case": key, "n": 1000, "d": 128, "heads": 4, "kv_heads": 4, "batch": 2, "seed": 0, "area": 10**6}
+    return ABOUT | shape | {"key": key, "section": "cases", "competitor": competitor, "status": status} | figures
+
+
+def test_rates():
+    one = row(forward_ms=2.0, backward_ms=8.0)
+    # 4 x 128 x 10^6 scores x 4 heads x 2 samples = 4.096e9 operations.
+    assert tables.tflops(one, "forward") == pytest.approx(4.096e9 / 2e-3 / 1e12)
+    assert tables.tflops(one, "backward") == pytest.approx(2.5 * 4.096e9 / 8e-3 / 1e12)
+    assert tables.tflops(one, "total") == pytest.approx(3.5 * 4.096e9 / 10e-3 / 1e12)
+    assert tables.tflops(row(forward_ms=2.0), "total") is None
+    assert tables.tflops(row(status="wrong", forward_ms=2.0), "forward") is None
+
+
+def test_geometric_mean():
+    assert tables.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    with pytest.raises(ValueError, match="no values"):
+        tables.geometric_mean([])
+
+
+def test_ours_against_a_peer():
+    rows = [row(key="a", forward_ms=1.0, backward_ms=4.0), row("flex", "a", forward_ms=2.0, backward_ms=2.0)]
+    rows += [row(key="b", forward_ms=1.0, backward_ms=1.0), row("flex", "b", forward_ms=8.0, backward_ms=8.0)]
+    rows += [row(key="c", forward_ms=1.0, backward_ms=1.0), row("flex", "c", status="failed", note="out | of\nmemory")]
+    assert tables.ratios(rows, "triton", "flex", "forward") == {"a": 2.0, "b": 8.0}
+    lines = [line.strip("| \n").split(" | ") for line in tables.summary_table(rows).splitlines()[2:]]
+    assert lines == [
+        ["triton", "flex", "forward", "2", "4.00", "2.00", "a", "0 of 2"],
+        ["triton", "flex", "backward", "2", "2.00", "0.50", "a", "1 of 2"],
+        ["triton", "flex", "total", "2", "2.53", "0.80", "a", "1 of 2"],
+    ]
+    table = tables.race_table(rows)
+    assert "**FAILED**" in table and table.count("\n") == 2 + len(rows)
+    assert "| flex | failed | 1 | c | out / of memory |" in tables.notes_table(rows)
+
+
+def test_a_wrong_result_has_no_speed_in_the_table():
+    table = tables.race_table([row(status="wrong", note="dk", forward_ms=1.234, backward_ms=5.678)])
+    assert "**WRONG**" in table and "1.234" not in table and "5.678" not in table
+
+
+def test_fit_line():
+    x = np.linspace(0, 1, 11)
+    exact = fit_line(list(x), list(10 - 9 * x))
+    assert exact == pytest.approx((10, -9, 1))
+    y = 10 - 9 * x + np.random.default_rng(0).normal(0, 1, 11)
+    slope, intercept = np.polyfit(x, y, 1)
+    assert fit_line(list(x), list(y)) == pytest.approx((intercept, slope, np.corrcoef(x, y)[0, 1] ** 2))
+    with pytest.raises(ValueError, match="two different x"):
+        fit_line([1, 1], [2, 3])
+
+
+def test_sparsity_table():
+    areas = [(10 - i) * 10**5 for i in range(11)]
+    rows = [row(key=f"band@{i}", area=area, forward_ms=2 + area / 1e5) for i, area in enumerate(areas)]
+    (line,) = tables.sparsity_table([r | {"case": "band@0"} for r in rows]).splitlines()[2:]
+    assert line == "| band | triton | forward | 11 | 1.0000 | 12.000 | 2.000 | 12.000 | 2.000 | 100% |"
+
+
+def test_where_skipping_stops_paying():
+    x = [i / 10 for i in range(11)]
+    assert pays_until(x, [10 - 10 * a for a in x]) == 1.0
+    assert pays_until(x, [max(10 - 10 * a, 3) for a in x]) == pytest.approx(0.7)
+    assert pays_until(x, [10] * 11) is None
+    # Half the scores are hidden at the start: a step of 10% saves a fifth when cost is proportional.
+    assert pays_until([0.5, 0.6, 0.7], [10, 8.9, 8.1]) == pytest.approx(0.6)
+
+
+# End to end
+
+
+@pytest.fixture
+def own_caches(monkeypatch, tmp_path):
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    for name in (*names, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    arguments = ["--cache", str(tmp_path / "cache"), "--commit", "abc", "--date", "2026-01-01", "--out", str(tmp_path)]
+    with torch._functorch.config.patch(donated_buffer=True):  # as it was, afterwards
+        yield arguments
+
+
+def test_every_section_runs_on_a_cpu(own_caches, tmp_path, capsys):
+    attention.main(["--smoke", *own_caches])
+    path = tmp_path / "2026-01-01-attention.jsonl"
+    rows = read(path)
+    sections = {section: section_cells(section, PRESETS["smoke"]) for section in attention.SECTIONS}
+    for section, cells in sections.items():
+        found = {(row["key"], row["competitor"]) for row in rows if row["section"] == section}
+        ours = {"reference"} if section == "schedule" else {"reference", "flex"}
+        assert {(c.key, name) for c in cells for name in ours} <= found
+    assert {row["status"] for row in rows if row["competitor"] in ("reference", "flex", "dense")} == {"ok"}
+    assert all(row["device"].startswith("CPU") for row in rows)
+    for section in attention.SECTIONS:
+        assert (tmp_path / f"2026-01-01-attention-{section}.png").stat().st_size > 1000
+    page = (tmp_path / "2026-01-01-attention.md").read_text()
+    assert page.count("\n## ") == 5 and "| reference | dense | backward | 2 |" in page
+    assert (tmp_path / "2026-01-01-attention.csv").read_text().count("\n") == len(rows) + 1
+
+    before = path.read_text()
+    capsys.readouterr()
+    attention.main(["--smoke", *own_caches])
+    assert path.read_text() == before
+    assert "ok      forward" not in capsys.readouterr().out
+    attention.main(["--report", str(path)])
+    assert capsys.readouterr().out.strip() == page.strip()
+
+
+def test_a_time_limit_leaves_the_rest_for_the_next_run(own_caches, tmp_path, capsys):
+    arguments = ["--smoke", "--sections", "4", *own_caches]
+    attention.main([*arguments, "--limit", "0"])
+    assert "stopped at --limit" in capsys.readouterr().out
+    assert not (tmp_path / "2026-01-01-attention.jsonl").exists()
+    attention.main(arguments)
+    assert len((tmp_path / "2026-01-01-attention.jsonl").read_text().splitlines()) == 2
+
+
+def test_options():
+    options = attention.parse(["--sections", "1", "packs", "--lengths", "8192", "--head-dims", "64"])
+    assert options.sections == ["cases", "packs"] and str(options.out) == "benchmarks/results"
+    sizes = attention.chosen_sizes(options)
+    assert (sizes.lengths, sizes.head_dims, sizes.tokens) == ((8192,), (64,), 131072)
+    assert attention.parse(["--smoke"]).out.name.startswith("smoke_")
+    with pytest.raises(SystemExit):
+        attention.parse(["--sections", "6"])
+
+
+def test_rows_are_json(tmp_path):
+    records = Records(tmp_path / "rows.jsonl", ABOUT)
+    records.add(cell(), {"competitor": "flex", "status": "ok", "forward_ms": 1.5})
+    assert json.loads(records.path.read_text())["forward_ms"] == 1.5
