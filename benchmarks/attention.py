@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = chosen_sizes(options)
     settings = Settings(
         dense_limit=options.dense_limit,
+        dense_cases=tuple(options.dense_cases),
         flex_options=json.loads(options.flex_options),
         flex_autotune=options.flex_autotune,
     )
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         except ContextLost as lost:
             print(f"the CUDA context is lost, starting anew: {lost}", flush=True)
             left = max(1.0, deadline - time.monotonic())
-            again = [*sys.orig_argv[1:], "--warm", "0", "--limit", str(left)]
+            again = [*sys.orig_argv[1:], "--warm", "0", "--limit", str(left), "--no-retry"]
             os.execv(sys.executable, [sys.executable, *again])
     print(write_report(records.path.with_suffix(""), records.rows()))
 
@@ -133,6 +134,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="tokens in a batch (131072)")
     parser.add_argument("--competitors", nargs="+", help="these only, of those that a section has")
     parser.add_argument("--dense-limit", type=int, default=8192, help="longest N timed with an N x N mask")
+    parser.add_argument(
+        "--dense-cases", nargs="+", default=Settings.dense_cases, help="masks on which an N x N mask is timed"
+    )
     parser.add_argument("--flex-options", default="{}", help="FlexAttention's kernel_options, JSON")
     parser.add_argument("--flex-autotune", action="store_true", help="FlexAttention with max-autotune")
     parser.add_argument("--budget-ms", type=float, default=80.0, help="measuring time a competitor and direction")
@@ -140,7 +144,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm", type=int, default=0, help="processes that compile beforehand; 0: none")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fm_longctx_benchmark_cache")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new cell begins")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed or was wrong")
+    parser.add_argument("--retry", action=argparse.BooleanOptionalAction, help="measure again what failed or was wrong")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results; with --smoke a new temporary one)")
     parser.add_argument("--date", help="of the file to go on with; today if not given")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="files of rows that count as measured")

@@ -124,7 +124,7 @@ class Sizes:
     schedule_heads: int = 32
     pack_heads: tuple[tuple[int, int], ...] = ((64, 8), (32, 4))
     pack_lengths: tuple[int, ...] = (32768, 131072)
-    pack_seeds: tuple[int, ...] = (0, 1, 2)
+    pack_seeds: tuple[int, ...] = (0, 1)
 
 
 PRESETS = {

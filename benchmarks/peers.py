@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,9 @@ class Settings:
     """What the user may choose for the peers."""
 
     dense_limit: int = 8192
-    """Longest N at which SDPA runs with an N x N mask: its cost does not depend on the mask, and grows as N^2."""
+    """Longest N at which SDPA runs with an N x N mask: its memory and time grow as N^2."""
+    dense_cases: tuple[str, ...] = ("causal_document", "pack")
+    """The masks that it is timed on: its cost does not depend on the mask, so that one says all."""
     flex_options: dict[str, Any] = field(default_factory=dict)
     """FlexAttention's `kernel_options`."""
     flex_autotune: bool = False
@@ -90,9 +93,9 @@ def _ours(backend: str) -> Peer:
         return load_backend(backend).refusal(q, q, scenario.case.mask.num_intervals)
 
     def run(inputs: Inputs, mask: FlashMask) -> Run:
-        leaves = _leaves(inputs)
+        q, k, v = leaves = _leaves(inputs)
         on_device = mask.to(inputs.q.device)
-        return Run(lambda: flashmask_attention(*leaves, on_device, backend=backend), leaves, inputs.dout, _same)
+        return Run(lambda: flashmask_attention(q, k, v, on_device, backend=backend), leaves, inputs.dout, _same)
 
     return Peer(
         name=backend,
@@ -148,16 +151,17 @@ def _sdpa() -> list[Peer]:
 
     def prepare(inputs: Inputs, scenario: Scenario, backend: SDPBackend) -> Run:
         leaves, dout = _heads_first(inputs)
+        q, k, v = leaves
+        causal, gqa = scenario.plain == "causal", inputs.q.shape[2] != inputs.k.shape[2]
 
         def forward() -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*leaves, is_causal=scenario.plain == "causal", enable_gqa=gqa)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
 
-        gqa = inputs.q.shape[2] != inputs.k.shape[2]
         return Run(forward, leaves, dout, _swap)
 
     return [
-        Peer(name=name, refusal=refusal, prepare=lambda i, s, backend=backend: prepare(i, s, backend))
+        Peer(name=name, refusal=refusal, prepare=partial(prepare, backend=backend))
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
     ]
 
@@ -166,16 +170,19 @@ def _dense(settings: Settings) -> Peer:
     def refusal(cell: Cell, scenario: Scenario, device: str) -> str | None:
         if cell.n > settings.dense_limit:
             return f"an N x N mask: run up to N {settings.dense_limit}"
+        if cell.case not in settings.dense_cases:
+            return f"its cost does not depend on the mask: run on {', '.join(settings.dense_cases)}"
         return None
 
     def prepare(inputs: Inputs, scenario: Scenario) -> Run:
         leaves, dout = _heads_first(inputs)
+        q, k, v = leaves
         position = torch.arange(inputs.q.shape[1], device=inputs.q.device)
         visible = scenario.case.visible(position[:, None], position[None, :])[None, None]
         gqa = inputs.q.shape[2] != inputs.k.shape[2]
 
         def forward() -> Tensor:
-            return F.scaled_dot_product_attention(*leaves, attn_mask=visible, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
         return Run(forward, leaves, dout, _swap)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,18 +28,21 @@ COLOURS = {
 
 
 def plot_cases(rows: Sequence[Row], path: Path) -> None:
-    """TFLOP/s of each competitor: a row of panels a direction, a panel an N and D, a group of bars a case."""
-    panels = sorted({(row["n"], row["d"], row["heads"], row["kv_heads"]) for row in rows})
+    """TFLOP/s of each competitor: a column of panels an N, a row a direction and shape of heads, bars a case."""
+    lengths = sorted({row["n"] for row in rows})
+    shapes = sorted({_shape(row) for row in rows})
     names = [name for name in COLOURS if any(row["competitor"] == name and row["status"] == "ok" for row in rows)]
-    widest = max(len({row["key"] for row in rows if _panel(row) == panel}) for panel in panels)
-    size = (max(4.0, 0.5 * widest) * len(panels), 8)
-    figure, grid = plt.subplots(2, len(panels), figsize=size, squeeze=False, sharey="row", layout="constrained")
-    for column, panel in enumerate(panels):
-        cells = list(by_cell(row for row in rows if _panel(row) == panel).values())
-        labels = [_label(next(iter(cell.values()))) for cell in cells]
-        for axes, direction in zip(grid[:, column], ("forward", "backward"), strict=True):
+    widest = max(len({row["case"] for row in rows if row["n"] == n}) for n in lengths)
+    size = (max(4.0, 0.5 * widest) * len(lengths), 6 * len(shapes))
+    figure, grid = plt.subplots(
+        2 * len(shapes), len(lengths), figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
+    for i, (shape, direction) in enumerate(itertools.product(shapes, ("forward", "backward"))):
+        for axes, n in zip(grid[i], lengths, strict=True):
+            cells = list(by_cell(row for row in rows if row["n"] == n and _shape(row) == shape).values())
+            labels = [_label(next(iter(cell.values()))) for cell in cells]
             _bars(axes, cells, names, direction)
-            n, d, heads, kv_heads = panel
+            d, heads, kv_heads = shape
             axes.set_title(f"{direction}, N {n}, D {d}, {heads}:{kv_heads} heads", fontsize=9)
             axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
     for axes in grid[:, 0]:
@@ -116,8 +120,8 @@ def _label(row: Row) -> str:
     return f"{row['case']} {row['seed']}" if row["case"] == "pack" else row["case"].replace("_", " ")
 
 
-def _panel(row: Row) -> tuple[int, int, int, int]:
-    return (row["n"], row["d"], row["heads"], row["kv_heads"])
+def _shape(row: Row) -> tuple[int, int, int]:
+    return (row["d"], row["heads"], row["kv_heads"])
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

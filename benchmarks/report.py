@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import plots, tables
 from benchmarks.records import Row
+from benchmarks.targets import targets_table
 
 Tables = Sequence[Callable[[Sequence[Row]], str]]
 
@@ -44,6 +45,7 @@ def write_report(stem: Path, rows: Sequence[Row]) -> str:
     for name in ("device", "torch", "triton", "cuda", "python", "commit"):
         page += f"- {name}: {', '.join(dict.fromkeys(row[name] for row in rows))}\n"
     page += f"\n{NOTES}"
+    page += f"\n## Targets\n\n{targets_table(rows)}"
     for section, (title, texts, plot) in SECTIONS.items():
         found = [row for row in rows if row["section"] == section]
         if not found:

@@ -25,8 +25,8 @@ class Expected(NamedTuple):
 
     rows: Tensor
     columns: Tensor
-    parts: dict[str, tuple[Tensor, float | None]]
-    """Name -> (exact value, largest error allowed); without a gradient to check only `out`."""
+    parts: dict[str, tuple[Tensor, float]]
+    """`out`, `dq` (rows), `dk`, `dv` (columns) -> (exact value, largest error allowed)."""
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Rule, *, samples: int = 256) -> Expected:
