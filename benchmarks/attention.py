@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -60,6 +59,7 @@ COMPETITORS = {
     "schedule": ("hopper", "triton"),
     "packs": ("hopper", "triton", "flex", "fa4"),
 }
+ON_REQUEST = ("flex_tuned",)  # minutes of tuning a cell
 # Memory only: an N x N mask at four heads is worth a look beyond the lengths at which it is timed.
 DENSE_MEMORY_LIMIT = 32768
 
@@ -83,12 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
 
     sizes = chosen_sizes(options)
-    settings = Settings(
-        dense_limit=options.dense_limit,
-        dense_cases=tuple(options.dense_cases),
-        flex_options=json.loads(options.flex_options),
-        flex_autotune=options.flex_autotune,
-    )
+    settings = Settings(dense_limit=options.dense_limit, dense_cases=tuple(options.dense_cases))
     pending = [
         (cell, missing)
         for section in options.sections
@@ -132,13 +127,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", help="section 1: these N only")
     parser.add_argument("--head-dims", type=int, nargs="+", help="section 1: these D; the last also in the others")
     parser.add_argument("--tokens", type=int, help="tokens in a batch (131072)")
-    parser.add_argument("--competitors", nargs="+", help="these only, of those that a section has")
+    parser.add_argument("--competitors", nargs="+", help="these only, of those that a section has; flex_tuned only so")
     parser.add_argument("--dense-limit", type=int, default=8192, help="longest N timed with an N x N mask")
     parser.add_argument(
         "--dense-cases", nargs="+", default=Settings.dense_cases, help="masks on which an N x N mask is timed"
     )
-    parser.add_argument("--flex-options", default="{}", help="FlexAttention's kernel_options, JSON")
-    parser.add_argument("--flex-autotune", action="store_true", help="FlexAttention with max-autotune")
     parser.add_argument("--budget-ms", type=float, default=80.0, help="measuring time a competitor and direction")
     parser.add_argument("--least", type=int, default=3, help="fewest repetitions")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile beforehand; 0: none")
@@ -173,6 +166,8 @@ def chosen_sizes(options: argparse.Namespace) -> Sizes:
 def names_of(section: str, options: argparse.Namespace) -> list[str]:
     """The competitors of a section: on a CPU our reference backend stands for the others."""
     names = list(COMPETITORS[section])
+    if section not in ("memory", "schedule"):
+        names += [name for name in ON_REQUEST if name in (options.competitors or ())]
     if options.smoke:
         names = ["reference", *(name for name in names if name not in OURS)]
     return [name for name in names if not options.competitors or name in options.competitors]

@@ -20,6 +20,7 @@ COLOURS = {
     "triton": "#5fa8dc",
     "reference": "#9ecae1",
     "flex": "#d9822b",
+    "flex_tuned": "#f0b878",
     "cudnn": "#5b8c3a",
     "flash": "#a3c585",
     "fa4": "#7b5ea7",

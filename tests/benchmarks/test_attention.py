@@ -15,7 +15,7 @@ from benchmarks.attention_check import dense
 from benchmarks.cells import PAPER_CASES, PRESETS, Cell, Scenario, Sizes, scenario, section_cells
 from benchmarks.mask_mods import block_mask, block_mask_bytes, empty_block_mask
 from benchmarks.peers import Inputs, Peer, Run, Settings, competitors, hidden_like, make_inputs
-from benchmarks.race import race
+from benchmarks.race import ContextLost, race
 from benchmarks.records import Records, read
 from benchmarks.sampled_check import errors, expected
 from benchmarks.sparsity import band_of_blocks, document_lengths_at, fit_line, pays_until
@@ -436,11 +436,36 @@ def test_a_time_limit_leaves_the_rest_for_the_next_run(own_caches, tmp_path, cap
     assert len((tmp_path / "2026-01-01-attention.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_lost_gpu_is_recorded_and_the_process_starts_anew(own_caches, tmp_path, monkeypatch):
+    def breaks(cell, names, settings, device, timer):
+        yield {"competitor": names[0], "status": "failed", "note": "illegal memory access"}
+        raise ContextLost("gone")
+
+    started = []
+
+    def execv(program, arguments):
+        started.append(arguments)
+        raise SystemExit
+
+    monkeypatch.setattr(attention, "measure", breaks)
+    monkeypatch.setattr(attention.os, "execv", execv)
+    with pytest.raises(SystemExit):
+        attention.main(["--smoke", "--sections", "4", "--retry", "--limit", "100", *own_caches])
+    (found,) = read(tmp_path / "2026-01-01-attention.jsonl")
+    assert found["note"] == "illegal memory access"
+    again = attention.parse(["--retry", "--warm", "9", *started[0][started[0].index("--warm") :]])
+    assert again.warm == 0 and not again.retry and 0 < again.limit <= 100
+
+
 def test_options():
     options = attention.parse(["--sections", "1", "packs", "--lengths", "8192", "--head-dims", "64"])
     assert options.sections == ["cases", "packs"] and str(options.out) == "benchmarks/results"
     sizes = attention.chosen_sizes(options)
     assert (sizes.lengths, sizes.head_dims, sizes.tokens) == ((8192,), (64,), 131072)
+    assert attention.names_of("packs", options) == ["hopper", "triton", "flex", "fa4"]
+    options = attention.parse(["--competitors", "triton", "flex_tuned"])
+    assert attention.names_of("packs", options) == ["triton", "flex_tuned"]
+    assert attention.names_of("memory", options) == ["triton"]
     assert attention.parse(["--smoke"]).out.name.startswith("smoke_")
     with pytest.raises(SystemExit):
         attention.parse(["--sections", "6"])
