@@ -48,7 +48,7 @@ def plot_cases(rows: Sequence[Row], path: Path) -> None:
             axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
     for axes in grid[:, 0]:
         axes.set_ylabel("TFLOP/s over the visible area")
-    grid[0, 0].legend(fontsize=7)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names))
     _save(figure, path)
 
 

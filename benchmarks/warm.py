@@ -51,7 +51,8 @@ def warm(cells: Sequence[Cell], names: Sequence[str], settings: Settings, worker
         workers = max(1, min(workers, int(0.9 * room // (6 * largest + 2**30))))
     begin = time.monotonic()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers are the parallelism
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, initializer=_start) as pool:
         futures = {}
         for cell in jobs:
             # FlashAttention-4 compiles for any length, and at length.
@@ -68,11 +69,14 @@ def warm(cells: Sequence[Cell], names: Sequence[str], settings: Settings, worker
     print(f"warmed {len(jobs)} compilations with {workers} processes in {time.monotonic() - begin:.0f} s", flush=True)
 
 
+def _start() -> None:
+    configure_compiler()
+    torch.set_num_threads(1)
+
+
 def _compile(cell: Cell, names: Sequence[str], settings: Settings, device: str) -> list[str]:
     """Runs forward and backward of each competitor once; returns what went wrong."""
-    configure_compiler()
     torch._dynamo.reset()
-    torch.set_num_threads(1)
     mask = scenario(cell.case, cell.n, cell.seed)
     troubles = []
     for peer in competitors(names, settings):
