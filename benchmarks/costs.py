@@ -15,15 +15,15 @@ from benchmarks.race import FAILED, OK, REFUSED
 from benchmarks.timing import Timer
 from fm_longctx import flashmask_attention
 from fm_longctx.attention.passes import load_backend
+from fm_longctx.kernels.schedule import tile_runs
 from fm_longctx.mask import FlashMask
-from fm_longctx.mask.schedule import tile_lists
 
 Key = tuple[int, int, bool]
 
 
 def schedule_bytes(mask: FlashMask, keys: Sequence[Key]) -> int:
     """Build the tile schedules that the mask does not hold yet; their bytes."""
-    built = [tile_lists(mask, block_m, block_n, by_row=by_row) for block_m, block_n, by_row in keys]
+    built = [tile_runs(mask, block_m, block_n, by_row=by_row) for block_m, block_n, by_row in keys]
     return sum(x.numel() * x.element_size() for schedule in built for x in schedule)
 
 
@@ -75,7 +75,7 @@ def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> 
         try:
             shape = (cell.batch, cell.n, cell.heads, cell.d)
             q, k, v = (torch.randn(shape, dtype=dtype_on(device), device=device) for _ in range(3))
-            reason = load_backend(backend).refusal(q, v, mask.num_intervals)
+            reason = load_backend(backend).refusal(q, v, mask.num_intervals, None)
             if reason is not None:
                 yield row | {"status": REFUSED, "note": reason}
                 continue
@@ -94,9 +94,10 @@ def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> 
 def _keys(backend: str, inputs: Inputs, *, backward: bool = False) -> list[Key]:
     """(block_m, block_n, by_row) of the schedules that the forward, or forward and backward, read."""
     module = load_backend(backend)
-    keys = list(module.lists_needed(inputs.q, inputs.v, backward=False))
+    keys = list(module.schedules_needed(inputs.q, inputs.v, backward=False, deterministic=False))
     if backward:
-        keys += [key for key in module.lists_needed(inputs.q, inputs.v, backward=True) if key not in keys]
+        needed = module.schedules_needed(inputs.q, inputs.v, backward=True, deterministic=False)
+        keys += [key for key in needed if key not in keys]
     return keys
 
 

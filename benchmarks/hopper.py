@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[16, 16])
     parser.add_argument("--block-n", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--ping-pong", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--q-in-registers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--masks", nargs="+", default=["causal", "full", "causal_document", "document"])
     options = parser.parse_args()
     print(environment())
     n = options.length
@@ -37,9 +40,9 @@ def main() -> None:
         "document": builders.document(document_lengths(n, 0)),
     }
     for d in options.head_dims:
-        for name, mask in masks.items():
-            for config in itertools.product(options.block_n, options.stages, (False, True)):
-                time_config(launch.Config(*config), name, mask.to("cuda"), n, options.heads, d)
+        for name in options.masks:
+            for config in itertools.product(options.block_n, options.stages, options.ping_pong, options.q_in_registers):
+                time_config(launch.Config(*config), name, masks[name].to("cuda"), n, options.heads, d)
 
 
 def time_config(config: launch.Config, name: str, mask: FlashMask, n: int, heads: tuple[int, int], d: int) -> None:

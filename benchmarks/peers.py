@@ -85,7 +85,7 @@ def _ours(backend: str) -> Peer:
     def refusal(cell: Cell, scenario: Scenario, device: str) -> str | None:
         # The backends look at shape, dtype and device only.
         q = torch.empty((cell.batch, 1, cell.heads, cell.d), dtype=dtype_on(device), device=device)
-        return load_backend(backend).refusal(q, q, scenario.case.mask.num_intervals)
+        return load_backend(backend).refusal(q, q, scenario.case.mask.num_intervals, None)
 
     def run(inputs: Inputs, mask: FlashMask) -> Run:
         q, k, v = leaves = _leaves(inputs)
