@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
 # forward, on an H200 over causal and packed causal documents at 32K (benchmarks/blocks.py). The others by the
 # compiler's resource report, unmeasured.
 _HALF = {
-    (80, 64): Blocks(Block(128, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    (80, 64): Blocks(Block(128, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
     (80, 128): Blocks(Block(128, 64, 8, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
     (80, 256): Blocks(Block(32, 64, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
     (90, 64): Blocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(32, 64, 4, 1)),
@@ -34,8 +34,8 @@ _HALF = {
 }
 # float32 products run on the plain arithmetic units; any architecture.
 _FULL = {
-    64: Blocks(Block(64, 32, 4, 2), Block(64, 32, 4, 1), Block(32, 64, 4, 1)),
-    128: Blocks(Block(32, 32, 4, 2), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    64: Blocks(Block(64, 32, 4, 2), Block(64, 32, 8, 1), Block(32, 32, 8, 1)),
+    128: Blocks(Block(32, 32, 4, 2), Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
     256: Blocks(Block(32, 16, 4, 1), Block(16, 16, 4, 1), Block(16, 16, 4, 1)),
 }
 # Small, so that short test sequences have many tiles; the interpreter's cost is by the tile.
