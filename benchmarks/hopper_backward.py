@@ -23,8 +23,8 @@ from fm_longctx.kernels.hopper import launch
 from fm_longctx.mask import FlashMask, builders
 
 CANDIDATES = {
-    64: [launch.BackwardConfig(128, 2), launch.BackwardConfig(128, 1)],
-    128: [launch.BackwardConfig(64, 2), launch.BackwardConfig(64, 3), launch.BackwardConfig(64, 1)],
+    64: [launch.BackwardConfig(128, *rest) for rest in ((1, False), (2, False), (2, True))],
+    128: [launch.BackwardConfig(64, *rest) for rest in ((1, False), (2, False), (2, True), (3, False), (3, True))],
 }
 # Of the largest gradient: a few units of bfloat16.
 TOLERANCE = 0.02
@@ -67,7 +67,7 @@ def time_case(label: str, mask: FlashMask, n: int, heads: tuple[int, int], d: in
 
     expected = reference()
     ms = do_bench(reference, warmup=20, rep=100, return_mode="median")
-    print(f"{label} {'portable':32} {ms:8.3f} ms {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
+    print(f"{label} {'portable':36} {ms:8.3f} ms {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
     kept = launch.BACKWARD[d]
     for deterministic in (False, True):
         for config in CANDIDATES[d]:
@@ -77,16 +77,17 @@ def time_case(label: str, mask: FlashMask, n: int, heads: tuple[int, int], d: in
                 return launch.backward(*arguments, scale=scale, grad_dtype=q.dtype, deterministic=deterministic)
 
             form = f"{'deterministic' if deterministic else 'fused':13} M {config.block_m:3} stages {config.stages}"
+            form += " ahead" if config.ahead else ""
             try:
                 errors = [_error(got, want) for got, want in zip(run(), expected, strict=True)]
                 if max(errors) <= TOLERANCE:
                     ms = do_bench(run, warmup=20, rep=100, return_mode="median")
-                    print(f"{label} {form:32} {ms:8.3f} ms {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
+                    print(f"{label} {form:36} {ms:8.3f} ms {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
                 else:
                     dq, dk, dv = errors
-                    print(f"{label} {form:32} WRONG: dq {dq:.3g} dk {dk:.3g} dv {dv:.3g}", flush=True)
+                    print(f"{label} {form:36} WRONG: dq {dq:.3g} dk {dk:.3g} dv {dv:.3g}", flush=True)
             except OutOfResources:
-                print(f"{label} {form:32} more shared memory than there is", flush=True)
+                print(f"{label} {form:36} more shared memory than there is", flush=True)
             finally:
                 launch.BACKWARD[d] = kept
 

@@ -5,7 +5,8 @@ every query head of the group in turn, so that dK and dV stay in registers and h
 transposed, S^T = K Q^T and dP^T = V dO^T: then P^T and dS^T are already laid out as the register operands of
 dV += P^T dO and dK += dS^T Q. For dQ = dS K the two warpgroups exchange dS through shared memory, each computes a half
 of the tile's dQ over all 128 columns, and TMA adds it to a float32 sum in global memory, whose order varies between
-runs. With DQ = False that part is left out, and what remains is bitwise repeatable.
+runs. With DQ = False that part is left out, and what remains is bitwise repeatable. With AHEAD, S^T of the next tile is
+computed while dQ of this one leaves the registers.
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3 and its Hopper backward, over FlashMask's visible tiles.
 """
@@ -80,6 +81,14 @@ def _produce(
 
 
 @gluon.jit
+def _product(a, b_s, step, BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+    """a B^T of a step's tile, in flight: a `[64, D]` and B `[BLOCK_M, D]` in shared memory."""
+    blank = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
+    b = b_s.index(step % STAGES).reshape([BLOCK_M, D])
+    return warpgroup_mma(a, b.permute((1, 0)), blank, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _query_gradient(w: gl.constexpr, first, second, k_s, BLOCK_M: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
     """Warpgroup w's half of dS K, in flight: D / 2 of the columns of 64 rows, or 64 of 128 rows.
 
@@ -139,7 +148,9 @@ def _consume(
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
     DQ: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
+    gl.static_assert(STAGES > 1 or not AHEAD, "the next tile has no buffer while this one's is in use")
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     KV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -151,7 +162,6 @@ def _consume(
     o_n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     dk = gl.full([64, D], 0.0, gl.float32, KV)
     dv = gl.full([64, D], 0.0, gl.float32, KV)
-    blank = gl.full([64, BLOCK_M], 0.0, gl.float32, S)
     k = k_s.index(w).reshape([64, D])
     v = v_s.index(w).reshape([64, D])
     mbarrier.wait(kv_full, 0)
@@ -162,18 +172,25 @@ def _consume(
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
         p_bounds = group.to(gl.int64) * INTERVALS * n_k
         run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
-        for _ in range(gl.load(p_tiles + group * blocks + block)):
+        tiles = gl.load(p_tiles + group * blocks + block)
+        if AHEAD:
+            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=tiles > 0)
+            s = warpgroup_mma_wait(0, deps=(_product(k, q_s, step, BLOCK_M, D, STAGES, S),))
+        for i in range(tiles):
             stage = step % STAGES
-            phase = (step // STAGES) & 1
             q = q_s.index(stage).reshape([BLOCK_M, D])
             dout = dout_s.index(stage).reshape([BLOCK_M, D])
             stats = stats_s.index(stage)
             m0 = tile * BLOCK_M
-            mbarrier.wait(full.index(stage), phase)
-            s = warpgroup_mma(k, q.permute((1, 0)), blank, use_acc=False, is_async=True)
-            dp = warpgroup_mma(v, dout.permute((1, 0)), blank, use_acc=False, is_async=True)
-            word, word_end = peek(p_runs, run)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            if AHEAD:
+                dp = _product(v, dout_s, step, BLOCK_M, D, STAGES, S)
+                word, word_end = peek(p_runs, run)
+            else:
+                mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+                s_now = _product(k, q_s, step, BLOCK_M, D, STAGES, S)
+                dp = _product(v, dout_s, step, BLOCK_M, D, STAGES, S)
+                word, word_end = peek(p_runs, run)
+                s = warpgroup_mma_wait(1, deps=(s_now,))
             if partial:
                 # fmt: off
                 s = hide_columns(s, o_n, m0, n_q, n_k, p_starts + p_bounds, p_ends + p_bounds,
@@ -182,8 +199,8 @@ def _consume(
             p = gl.exp2(s * scale_log2 - stats.slice(0, 1, 0).load(S))
             # Before dS is formed, which hides it; and the wait for dP cannot move above the exponentials that hide dP.
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P), dout, dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = (p * (dp - stats.slice(1, 1, 0).load(S))).to(dtype)
+            b_dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = (p * (b_dp - stats.slice(1, 1, 0).load(S))).to(dtype)
             if DQ:
                 # Two buffers in turn: whoever writes the one of two tiles ago has seen the other warpgroup arrive
                 # for the last tile, hence done with reading it.
@@ -197,20 +214,27 @@ def _consume(
                 dq = _query_gradient(w, ds_s.index(first), ds_s.index(first + 1), k_s, BLOCK_M, D, HALF)
                 dv, dk = warpgroup_mma_wait(2, deps=(dv, dk))
                 mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+            if AHEAD:
+                # After the list's last tile this is of whatever is there, and nobody looks at it.
+                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < tiles)
+                s_next = _product(k, q_s, step, BLOCK_M, D, STAGES, S)
+            if DQ:
                 # The sum of the last tile has left the buffer.
                 tma.store_wait(0)
-                dq = warpgroup_mma_wait(0, deps=(dq,))
-                dq_s.index(w).reshape([64, 64]).store(dq)
+                b_dq = warpgroup_mma_wait(1 if AHEAD else 0, deps=(dq,))
+                dq_s.index(w).reshape([64, 64]).store(b_dq)
                 fence_async_shared()
                 if BLOCK_M == 64:
                     tma_reduce_add(dq_desc, [b, m0, h, w * (D // 2)], dq_s.index(w))
                 else:
                     tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_s.index(w))
             else:
-                dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+                dv, dk = warpgroup_mma_wait(1 if AHEAD else 0, deps=(dv, dk))
                 mbarrier.arrive(empty.index(stage), count=1)
             run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-            step += 1
+            if AHEAD:
+                s = warpgroup_mma_wait(0, deps=(s_next,))
 
     if TMA_STORE:
         # Nobody else reads V of these columns. K the other warpgroup still needs for dQ: dK leaves by dQ's buffer.
@@ -267,6 +291,7 @@ def backward_kernel(
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
     DQ: gl.constexpr,
+    AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     b, h_kv = gl.program_id(2), gl.program_id(1)
@@ -305,11 +330,11 @@ def backward_kernel(
             (_consume, (0, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_dn,
                         q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, kv_full, full, empty, ds_full,
                         p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q, n_k, heads, mask_batch, mask_heads,
-                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ)),
+                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_dn,
                         q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, kv_full, full, empty, ds_full,
                         p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q, n_k, heads, mask_batch, mask_heads,
-                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ)),
+                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
             (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s,
                         kv_full, full, empty, p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q,
                         heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES)),

@@ -46,11 +46,12 @@ FORWARD = {64: Config(128, 3), 128: Config(128, 2), 256: Config(64, 2)}
 class BackwardConfig(NamedTuple):
     block_m: int
     stages: int
+    ahead: bool
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper_backward.py times the alternatives.
-BACKWARD = {64: BackwardConfig(128, 2), 128: BackwardConfig(64, 2)}
+BACKWARD = {64: BackwardConfig(128, 2, False), 128: BackwardConfig(64, 2, False)}
 # The columns of a backward CTA.
 BLOCK_N = 128
 
@@ -202,6 +203,7 @@ def backward(
             CAUSAL=mask.causal,
             TMA_STORE=tma_store,
             DQ=dq_sum is not None,
+            AHEAD=config.ahead,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )
