@@ -5,8 +5,8 @@ every query head of the group in turn, so that dK and dV stay in registers and h
 transposed, S^T = K Q^T and dP^T = V dO^T: then P^T and dS^T are already laid out as the register operands of
 dV += P^T dO and dK += dS^T Q. For dQ = dS K the two warpgroups exchange dS through shared memory, each computes a half
 of the tile's dQ over all 128 columns, and TMA adds it to a float32 sum in global memory, whose order varies between
-runs. With DQ = False that part is left out, and what remains is bitwise repeatable. With AHEAD, S^T of the next tile is
-computed while dQ of this one leaves the registers.
+runs. With DQ = False that part is left out, and what remains is bitwise repeatable; query_gradient.py does the
+rest. With AHEAD, S^T of the next tile is computed while dQ of this one leaves the registers.
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3 and its Hopper backward, over FlashMask's visible tiles.
 """

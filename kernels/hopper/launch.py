@@ -18,6 +18,7 @@ from fm_longctx.kernels import portable
 from fm_longctx.kernels.hopper.backward import backward_kernel
 from fm_longctx.kernels.hopper.forward import forward_kernel
 from fm_longctx.kernels.hopper.prepare import scale_kernel, statistics_kernel
+from fm_longctx.kernels.hopper.query_gradient import query_gradient_kernel
 from fm_longctx.kernels.schedule import TileRuns, tile_runs
 from fm_longctx.mask import FlashMask
 
@@ -78,13 +79,13 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
 def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
     d = q.shape[-1]
+    by_row = (BLOCK_M, FORWARD[d].block_n, True)
     if not backward:
-        return [(BLOCK_M, FORWARD[d].block_n, True)]
-    by_portable = portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
+        return [by_row]
     if d not in BACKWARD:
-        return by_portable
+        return portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
     by_column = (BACKWARD[d].block_m, BLOCK_N, False)
-    return [by_column, *(key for key in by_portable if key[2])] if deterministic else [by_column]
+    return [by_column, by_row] if deterministic else [by_column]
 
 
 def forward(
@@ -208,10 +209,58 @@ def backward(
             num_warps=4,
         )
     if dq_sum is None:
-        dq = portable.query_gradient(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype)
+        dq = _query_gradient(dout, q, k, v, lse, delta, mask, scale, grad_dtype)
     else:
         dq = _scaled(dq_sum, scale, grad_dtype)
     return dq, dk, dv
+
+
+def _query_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: FlashMask,
+    scale: float,
+    grad_dtype: torch.dtype,
+) -> Tensor:
+    """dq of `backward`, by row-block: the forward's blocks, so that it walks the forward's list."""
+    (b, n_q, h, d), n_k = q.shape, k.shape[1]
+    dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)
+    config = FORWARD[d]
+    lists = tile_lists(mask, BLOCK_M, config.block_n, by_row=True)
+    with torch.cuda.device_of(q):
+        query_gradient_kernel[(lists.order.shape[1], h, b)](
+            _describe(q, 64),
+            _describe(k, config.block_n),
+            _describe(v, config.block_n),
+            _describe(dout, 64),
+            _describe(dq if grad_dtype == q.dtype else q, 64),
+            _describe_bounds(mask, config.block_n),
+            dq,
+            lse.contiguous(),
+            delta.contiguous(),
+            *lists,
+            *dq.stride()[:3],
+            n_q,
+            n_k,
+            h,
+            mask.batch,
+            mask.heads,
+            scale,
+            KV_SHARE=h // k.shape[2],
+            BLOCK_N=config.block_n,
+            D=d,
+            STAGES=config.stages,
+            INTERVALS=mask.num_intervals,
+            CAUSAL=mask.causal,
+            TMA_STORE=grad_dtype == q.dtype,
+            CONSUMER_REGISTERS=config.consumer_registers,
+            num_warps=4,
+        )
+    return dq
 
 
 def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,7 @@ from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
 from fm_longctx.kernels.hopper import forward as hopper_forward_kernels
 from fm_longctx.kernels.hopper import launch
+from fm_longctx.kernels.hopper import query_gradient as hopper_query_kernels
 
 INTEGERS = {"n_q", "n_k", "heads", "mask_batch", "mask_heads", "intervals", "at", "count"}
 PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
@@ -89,6 +90,24 @@ def hopper_backward(d: int, intervals: int, causal: int, dq: int, tma_store: int
     return resources(hopper_backward_kernels.backward_kernel, types, constants, 90, dict(num_warps=4))
 
 
+def hopper_query(d: int, intervals: int, causal: int, tma_store: int) -> dict[str, Any]:
+    config = launch.FORWARD[d]
+    rows = max(2, triton.next_power_of_2(2 * intervals))
+    types = {
+        "q_desc": descriptor("bf16", 1, 64, 1, d),
+        "k_desc": descriptor("bf16", 1, config.block_n, 1, d),
+        "v_desc": descriptor("bf16", 1, config.block_n, 1, d),
+        "dout_desc": descriptor("bf16", 1, 64, 1, d),
+        "dq_desc": descriptor("bf16", 1, 64, 1, d),
+        "bounds_desc": descriptor("i32", rows, config.block_n),
+    }
+    if not tma_store:
+        types |= {"p_dq": "*fp32"}
+    constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, STAGES=config.stages, INTERVALS=intervals)
+    constants |= dict(CAUSAL=bool(causal), TMA_STORE=bool(tma_store), CONSUMER_REGISTERS=config.consumer_registers)
+    return resources(hopper_query_kernels.query_gradient_kernel, types, constants, 90, dict(num_warps=4))
+
+
 def descriptor(dtype: str, *box: int) -> str:
     """Type of the TMA descriptors that the launch makes: swizzled if of `[B, N, H, D]`, plain if a table."""
     bits, swizzle = (16 if dtype == "bf16" else 32), (128 if len(box) == 4 else 0)
@@ -96,7 +115,7 @@ def descriptor(dtype: str, *box: int) -> str:
     return f"tensordesc<{dtype}{list(box)},NVMMASharedLayout({layout}, fp4_padded=False, cga_layout=[])>"
 
 
-HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward}
+HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward, "hopper_query": hopper_query}
 
 
 def resources(
