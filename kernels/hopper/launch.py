@@ -230,9 +230,9 @@ def _query_gradient(
     (b, n_q, h, d), n_k = q.shape, k.shape[1]
     dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)
     config = FORWARD[d]
-    lists = tile_lists(mask, BLOCK_M, config.block_n, by_row=True)
+    runs = tile_runs(mask, BLOCK_M, config.block_n, by_row=True)
     with torch.cuda.device_of(q):
-        query_gradient_kernel[(lists.order.shape[1], h, b)](
+        query_gradient_kernel[(runs.order.shape[1], h, b)](
             _describe(q, 64),
             _describe(k, config.block_n),
             _describe(v, config.block_n),
@@ -242,7 +242,7 @@ def _query_gradient(
             dq,
             lse.contiguous(),
             delta.contiguous(),
-            *lists,
+            *runs,
             *dq.stride()[:3],
             n_q,
             n_k,

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import count_tiles, hide_rows, next_tile, open_list
+from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek
 
 
 @gluon.jit
@@ -34,9 +34,10 @@ def _produce(
     rows_full,
     full,
     empty,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
     at,
+    tiles,
     b,
     h,
     h_kv,
@@ -52,8 +53,8 @@ def _produce(
         tma.async_copy_global_to_shared(q_desc, [b, m0 + 64 * w, h, 0], bar, q_s.index(w))
         tma.async_copy_global_to_shared(dout_desc, [b, m0 + 64 * w, h, 0], bar, dout_s.index(w))
     size: gl.constexpr = k_desc.block_type.nbytes + v_desc.block_type.nbytes
-    run, tile, end, partial = open_list(p_offsets, p_entries, at)
-    for i in range(count_tiles(p_offsets, at)):
+    run, tile, end, partial = open_list(p_first, p_runs, at)
+    for i in range(tiles):
         stage = i % STAGES
         bar = full.index(stage)
         n0 = tile * BLOCK_N
@@ -68,7 +69,8 @@ def _produce(
             mbarrier.expect(bar, size)
         tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], bar, k_s.index(stage))
         tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], bar, v_s.index(stage))
-        run, tile, end, partial = next_tile(p_entries, run, tile, end, partial)
+        word, word_end = peek(p_runs, run)
+        run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
 
 
 @gluon.jit
@@ -87,9 +89,10 @@ def _consume(
     rows_full,
     full,
     empty,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
     at,
+    tiles,
     b,
     h,
     m0,
@@ -120,26 +123,25 @@ def _consume(
     dout = dout_s.index(w).reshape([64, D])
     mbarrier.wait(rows_full.index(w), 0)
 
-    run, tile, end, partial = open_list(p_offsets, p_entries, at)
-    for i in range(count_tiles(p_offsets, at)):
+    run, tile, end, partial = open_list(p_first, p_runs, at)
+    for i in range(tiles):
         stage = i % STAGES
         phase = (i // STAGES) & 1
         n0 = tile * BLOCK_N
-        hidden = partial != 0
-        # A step ahead: the entry of the next tile arrives while this one is computed.
-        run, tile, end, partial = next_tile(p_entries, run, tile, end, partial)
         k = k_s.index(stage).reshape([BLOCK_N, D])
         v = v_s.index(stage).reshape([BLOCK_N, D])
         mbarrier.wait(full.index(stage), phase)
         s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
         dp = warpgroup_mma(dout, v.permute((1, 0)), blank, use_acc=False, is_async=True)
+        word, word_end = peek(p_runs, run)
         s = warpgroup_mma_wait(1, deps=(s,))
-        if hidden:
+        if partial:
             s = hide_rows(s, o_m, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
         p = gl.exp2(s * scale_log2 - b_lse)
         # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting the
         # wait for dP above the exponentials that are to hide it.
         mbarrier.wait(full.index(stage), phase)
+        run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         ds = gl.convert_layout((p * (dp - b_delta)).to(dtype), DS)
         token = warpgroup_mma(ds, k, dq, is_async=True)
@@ -171,8 +173,9 @@ def query_gradient_kernel(
     p_dq,
     p_lse,
     p_delta,
-    p_offsets,
-    p_entries,
+    p_runs,
+    p_first,
+    p_tiles,
     p_order,
     stride_db,
     stride_dn,
@@ -197,6 +200,7 @@ def query_gradient_kernel(
     first = group * gl.num_programs(0)
     block = gl.load(p_order + first + gl.program_id(0))
     at = first + block
+    tiles = gl.load(p_tiles + at)
     row = (b.to(gl.int64) * heads + h) * n_q
     p_lse += row
     p_delta += row
@@ -223,13 +227,13 @@ def query_gradient_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, dq_desc, p_dq, p_lse, p_delta, stride_dn, q_s, dout_s, k_s, v_s, bounds_s,
-                        rows_full, full, empty, p_offsets, p_entries, at, b, h, m0, n_q, n_k, scale,
+                        rows_full, full, empty, p_runs, p_first, at, tiles, b, h, m0, n_q, n_k, scale,
                         BLOCK_N, D, STAGES, INTERVALS, CAUSAL, TMA_STORE)),
             (_consume, (1, dq_desc, p_dq, p_lse, p_delta, stride_dn, q_s, dout_s, k_s, v_s, bounds_s,
-                        rows_full, full, empty, p_offsets, p_entries, at, b, h, m0, n_q, n_k, scale,
+                        rows_full, full, empty, p_runs, p_first, at, tiles, b, h, m0, n_q, n_k, scale,
                         BLOCK_N, D, STAGES, INTERVALS, CAUSAL, TMA_STORE)),
             (_produce, (q_desc, k_desc, v_desc, dout_desc, bounds_desc, q_s, dout_s, k_s, v_s, bounds_s,
-                        rows_full, full, empty, p_offsets, p_entries, at, b, h, h // KV_SHARE,
+                        rows_full, full, empty, p_runs, p_first, at, tiles, b, h, h // KV_SHARE,
                         group * bounds_desc.block_shape[0], m0, BLOCK_N, STAGES, INTERVALS)),
         ],
         [4, 1],
