@@ -23,8 +23,8 @@ from fm_longctx.kernels.hopper import launch
 from fm_longctx.mask import FlashMask, builders
 
 CANDIDATES = {
-    64: [launch.BackwardConfig(128, *rest) for rest in ((1, False), (2, False), (2, True))],
-    128: [launch.BackwardConfig(64, *rest) for rest in ((1, False), (2, False), (2, True), (3, False), (3, True))],
+    64: [launch.BackwardConfig(128, *rest) for rest in ((2, False), (2, True))],
+    128: [launch.BackwardConfig(64, *rest) for rest in ((2, False), (2, True), (3, False), (3, True))],
 }
 # Of the largest gradient: a few units of bfloat16.
 TOLERANCE = 0.02
