@@ -175,12 +175,12 @@ def tile_states_kernel(
     untouched = tl.where(width == BLOCK_N, FULL, PARTIAL)
 
     # All row-blocks as one tile first: most such tiles are untouched or hidden altogether, and so are their parts.
-    low = ((first_row + tl.program_id(1) * BLOCKS) * BLOCK_M + tl.zeros([1], tl.int32))[:, None]
-    high = tl.minimum(low + BLOCKS * BLOCK_M, n_q)
-    count = tl.sum(masked_rows(p_starts, p_ends, o_n, low, high, n_q, n_k, intervals, CAUSAL).to(tl.int64))
+    top = ((first_row + tl.program_id(1) * BLOCKS) * BLOCK_M + tl.zeros([1], tl.int32))[:, None]
+    bottom = tl.minimum(top + BLOCKS * BLOCK_M, n_q)
+    count = tl.sum(masked_rows(p_starts, p_ends, o_n, top, bottom, n_q, n_k, intervals, CAUSAL).to(tl.int64))
     if count == 0:
         state = untouched + tl.zeros([BLOCKS], tl.int32)
-    elif count == tl.sum((high - low).to(tl.int64) * width):
+    elif count == tl.sum((bottom - top).to(tl.int64) * width):
         state = tl.zeros([BLOCKS], tl.int32)
     else:
         low = ((first_row + o_r) * BLOCK_M)[:, None]
