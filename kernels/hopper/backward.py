@@ -21,7 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_columns, next_tile, open_list, peek, tma_reduce_add
+from fm_longctx.kernels.hopper.primitives import (
+    hide_columns,
+    next_stage,
+    next_tile,
+    open_list,
+    peek,
+    tma_reduce_add,
+)
 
 
 @gluon.jit
@@ -61,15 +68,14 @@ def _produce(
         tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], kv_full, v_s.index(w))
     size: gl.constexpr = q_desc.block_type.nbytes + dout_desc.block_type.nbytes + stats_desc.block_type.nbytes
     row_blocks = (n_q + BLOCK_M - 1) // BLOCK_M
-    step = 0
+    stage, phase = 0, 0
     for shared in range(KV_SHARE):
         h = h_kv * KV_SHARE + shared
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
         run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
         for _ in range(gl.load(p_tiles + group * blocks + block)):
-            stage = step % STAGES
             bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(bar, size)
             tma.async_copy_global_to_shared(q_desc, [b, tile * BLOCK_M, h, 0], bar, q_s.index(stage))
             stats_row = 2 * ((b * heads + h) * row_blocks + tile)
@@ -77,15 +83,14 @@ def _produce(
             tma.async_copy_global_to_shared(dout_desc, [b, tile * BLOCK_M, h, 0], bar, dout_s.index(stage))
             word, word_end = peek(p_runs, run)
             run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-            step += 1
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def _product(a, b_s, step, BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
-    """a B^T of a step's tile, in flight: a `[64, D]` and B `[BLOCK_M, D]` in shared memory."""
+def _product(a, b, BLOCK_M: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """a B^T, in flight: a `[64, D]` and b `[1, BLOCK_M, 1, D]` in shared memory."""
     blank = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
-    b = b_s.index(step % STAGES).reshape([BLOCK_M, D])
-    return warpgroup_mma(a, b.permute((1, 0)), blank, use_acc=False, is_async=True)
+    return warpgroup_mma(a, b.reshape([BLOCK_M, D]).permute((1, 0)), blank, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -166,36 +171,31 @@ def _consume(
     v = v_s.index(w).reshape([64, D])
     mbarrier.wait(kv_full, 0)
 
-    step = 0
+    stage, phase, turn = 0, 0, 0
     for shared in range(KV_SHARE):
         h = h_kv * KV_SHARE + shared
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-        p_bounds = group.to(gl.int64) * INTERVALS * n_k
+        p_s = p_starts + group.to(gl.int64) * INTERVALS * n_k
+        p_e = p_ends + group.to(gl.int64) * INTERVALS * n_k
         run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
         tiles = gl.load(p_tiles + group * blocks + block)
         if AHEAD:
-            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=tiles > 0)
-            s = warpgroup_mma_wait(0, deps=(_product(k, q_s, step, BLOCK_M, D, STAGES, S),))
+            mbarrier.wait(full.index(stage), phase, pred=tiles > 0)
+            s = warpgroup_mma_wait(0, deps=(_product(k, q_s.index(stage), BLOCK_M, D, S),))
         for i in range(tiles):
-            stage = step % STAGES
             q = q_s.index(stage).reshape([BLOCK_M, D])
             dout = dout_s.index(stage).reshape([BLOCK_M, D])
             stats = stats_s.index(stage)
             m0 = tile * BLOCK_M
             if AHEAD:
-                dp = _product(v, dout_s, step, BLOCK_M, D, STAGES, S)
-                word, word_end = peek(p_runs, run)
+                dp = _product(v, dout_s.index(stage), BLOCK_M, D, S)
             else:
-                mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-                s_now = _product(k, q_s, step, BLOCK_M, D, STAGES, S)
-                dp = _product(v, dout_s, step, BLOCK_M, D, STAGES, S)
-                word, word_end = peek(p_runs, run)
+                mbarrier.wait(full.index(stage), phase)
+                s_now = _product(k, q_s.index(stage), BLOCK_M, D, S)
+                dp = _product(v, dout_s.index(stage), BLOCK_M, D, S)
                 s = warpgroup_mma_wait(1, deps=(s_now,))
             if partial:
-                # fmt: off
-                s = hide_columns(s, o_n, m0, n_q, n_k, p_starts + p_bounds, p_ends + p_bounds,
-                                 BLOCK_M, S, CAUSAL, INTERVALS)
-                # fmt: on
+                s = hide_columns(s, o_n, m0, n_q, n_k, p_s, p_e, BLOCK_M, S, CAUSAL, INTERVALS)
             p = gl.exp2(s * scale_log2 - stats.slice(0, 1, 0).load(S))
             # Before dS is formed, which hides it; and the wait for dP cannot move above the exponentials that hide dP.
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P), dout, dv, is_async=True)
@@ -204,21 +204,22 @@ def _consume(
             if DQ:
                 # Two buffers in turn: whoever writes the one of two tiles ago has seen the other warpgroup arrive
                 # for the last tile, hence done with reading it.
-                ds_s.index(2 * (step & 1) + w).store(ds)
+                ds_s.index(2 * turn + w).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(ds_full, count=1)
             dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
+            word, word_end = peek(p_runs, run)
+            done = empty.index(stage)
             if DQ:
-                mbarrier.wait(ds_full, step & 1)
-                first = 2 * (step & 1)
-                dq = _query_gradient(w, ds_s.index(first), ds_s.index(first + 1), k_s, BLOCK_M, D, HALF)
+                mbarrier.wait(ds_full, turn)
+                dq = _query_gradient(w, ds_s.index(2 * turn), ds_s.index(2 * turn + 1), k_s, BLOCK_M, D, HALF)
                 dv, dk = warpgroup_mma_wait(2, deps=(dv, dk))
-                mbarrier.arrive(empty.index(stage), count=1)
-            step += 1
+                mbarrier.arrive(done, count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
             if AHEAD:
                 # After the list's last tile this is of whatever is there, and nobody looks at it.
-                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=i + 1 < tiles)
-                s_next = _product(k, q_s, step, BLOCK_M, D, STAGES, S)
+                mbarrier.wait(full.index(stage), phase, pred=i + 1 < tiles)
+                s_next = _product(k, q_s.index(stage), BLOCK_M, D, S)
             if DQ:
                 # The sum of the last tile has left the buffer.
                 tma.store_wait(0)
@@ -231,7 +232,8 @@ def _consume(
                     tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_s.index(w))
             else:
                 dv, dk = warpgroup_mma_wait(1 if AHEAD else 0, deps=(dv, dk))
-                mbarrier.arrive(empty.index(stage), count=1)
+                mbarrier.arrive(done, count=1)
+            turn = turn ^ 1
             run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
             if AHEAD:
                 s = warpgroup_mma_wait(0, deps=(s_next,))

@@ -66,6 +66,13 @@ def hide_columns(
 
 
 @gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The next buffer of a ring and the parity of its barriers: carried, since remainders take registers and time."""
+    last = stage + 1 == STAGES
+    return gl.where(last, 0, stage + 1), phase ^ last.to(gl.int32)
+
+
+@gluon.jit
 def open_list(p_first, p_runs, at):
     """Begin to walk the tiles of block `at` (a flat index): its first run, that run's first tile, end and flag."""
     run = gl.load(p_first + at)
