@@ -59,12 +59,13 @@ def tile_runs(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> T
     """
     key = (TileRuns, block_m, block_n, by_row)
     if key not in mask.cache:
-        built = _build(mask.starts, mask.ends, mask.num_rows, mask.causal, block_m, block_n, by_row)
+        # The operator is what torch.compile can trace; otherwise its dispatch would take as long as the kernels.
+        build = _build_traced if torch.compiler.is_compiling() else _build
+        built = build(mask.starts, mask.ends, mask.num_rows, mask.causal, block_m, block_n, by_row)
         mask.cache[key] = TileRuns(*built)
     return mask.cache[key]
 
 
-@torch.library.custom_op("fm_longctx::tile_runs", mutates_args=())
 def _build(
     starts: Tensor, ends: Tensor, num_rows: int, causal: bool, block_m: int, block_n: int, by_row: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +124,10 @@ def _build(
     return runs, first, tiles, order
 
 
-@_build.register_fake
+_build_traced = torch.library.custom_op("fm_longctx::tile_runs", _build, mutates_args=())
+
+
+@_build_traced.register_fake
 def _(
     starts: Tensor, ends: Tensor, num_rows: int, causal: bool, block_m: int, block_n: int, by_row: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -41,20 +41,28 @@ class Config(NamedTuple):
 
 
 # By head dimension; benchmarks/hopper.py times the alternatives.
-FORWARD = {64: Config(128, 3), 128: Config(128, 2), 256: Config(64, 2)}
+FORWARD = {
+    64: Config(128, 2, q_in_registers=True),
+    128: Config(128, 2, ping_pong=True, q_in_registers=True),
+    256: Config(64, 2, ping_pong=True),
+}
 
 
 class BackwardConfig(NamedTuple):
     block_m: int
     stages: int
-    ahead: bool
+    fused_ahead: bool = False
+    split_ahead: bool = False
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper_backward.py times the alternatives.
-BACKWARD = {64: BackwardConfig(128, 2, False), 128: BackwardConfig(64, 2, False)}
+BACKWARD = {64: BackwardConfig(128, 2), 128: BackwardConfig(64, 2, split_ahead=True)}
 # The columns of a backward CTA.
 BLOCK_N = 128
+# Query heads a key/value head up to which dQ is summed by the kernel that computes dK and dV. With more, CTAs of short
+# and of long lists soon work on different heads, and what they add to no longer fits into L2.
+FUSED_UP_TO = 1
 
 
 def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str | None:
@@ -85,7 +93,11 @@ def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: boo
     if d not in BACKWARD:
         return portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
     by_column = (BACKWARD[d].block_m, BLOCK_N, False)
-    return [by_column, by_row] if deterministic else [by_column]
+    return [by_column] if _fused(q, v, deterministic) else [by_column, by_row]
+
+
+def _fused(q: Tensor, v: Tensor, deterministic: bool) -> bool:
+    return not deterministic and q.shape[2] <= FUSED_UP_TO * v.shape[2]
 
 
 def forward(
@@ -159,7 +171,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fm_longctx.attention.passes.attention_backward`.
 
-    dQ is summed in float32 by whichever column-block comes first; `deterministic` computes it in a pass of its own.
+    Without grouped heads dQ is summed in float32 by whichever column-block comes first; with them, or `deterministic`,
+    a pass of its own computes it.
     """
     (b, n_q, h, d), (_, n_k, h_kv, _) = q.shape, k.shape
     if d not in BACKWARD:
@@ -172,7 +185,8 @@ def backward(
     runs = tile_runs(mask, config.block_m, BLOCK_N, by_row=False)
     tma_store = grad_dtype == q.dtype
     # Zeros: the kernel adds to it. In the layout of dq, so that TMA clips the rows past the end and they coincide.
-    dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    fused = _fused(q, v, deterministic)
+    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
     with torch.cuda.device_of(q):
         backward_kernel[(runs.order.shape[1], h_kv, b)](
             _describe(q, config.block_m),
@@ -203,8 +217,8 @@ def backward(
             INTERVALS=mask.num_intervals,
             CAUSAL=mask.causal,
             TMA_STORE=tma_store,
-            DQ=dq_sum is not None,
-            AHEAD=config.ahead,
+            DQ=fused,
+            AHEAD=config.fused_ahead if fused else config.split_ahead,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )

@@ -37,7 +37,7 @@ def test_opcheck_of_the_schedule(by_row):
     _, _, _, mask = inputs_and_mask()
     # Where a run is put in the pool is not told: only what is read of it must repeat.
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(schedule._build, (mask.starts, mask.ends, 70, True, 32, 16, by_row), test_utils=tests)
+    torch.library.opcheck(schedule._build_traced, (mask.starts, mask.ends, 70, True, 32, 16, by_row), test_utils=tests)
 
 
 @pytest.mark.parametrize("cold", [True, False])

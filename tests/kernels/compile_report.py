@@ -85,7 +85,12 @@ def hopper_backward(d: int, intervals: int, causal: int, dq: int, tma_store: int
     if not tma_store:
         types |= {"p_dk": "*fp32", "p_dv": "*fp32"}
     constants = dict(KV_SHARE=4, BLOCK_M=config.block_m, D=d, STAGES=config.stages, INTERVALS=intervals)
-    constants |= dict(CAUSAL=bool(causal), TMA_STORE=bool(tma_store), DQ=bool(dq), AHEAD=config.ahead)
+    constants |= dict(
+        CAUSAL=bool(causal),
+        TMA_STORE=bool(tma_store),
+        DQ=bool(dq),
+        AHEAD=config.fused_ahead if dq else config.split_ahead,
+    )
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_backward_kernels.backward_kernel, types, constants, 90, dict(num_warps=4))
 
