@@ -15,6 +15,10 @@ import numpy.typing as npt
 from fm_longctx.mask.flash_mask import FlashMask
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# Up to so many chunks, pairs of them are counted in a table of all pairs: faster than sorting.
+_DENSE_CHUNKS = 2048
 
 
 class Segments(NamedTuple):
@@ -24,28 +28,55 @@ class Segments(NamedTuple):
     """[S]; within one batch entry and head ascending, the next one's after it."""
     last: Ints
     """[S]."""
+    entry: Ints
+    """[S]: which batch entry and head, counted through."""
     starts: Ints
     """[K, S]: masked rows `[starts, ends)`, per segment sorted, disjoint and not touching; empty ones are `[N, N)`."""
     ends: Ints
     """[K, S]."""
     diagonal: npt.NDArray[np.bool_]
     """[S]: column j is masked for rows `[0, j)` as well; the intervals of such a segment start at `last` or later."""
+    num_entries: int
     num_tokens: int
 
-    def only(self, keep: npt.NDArray[np.bool_]) -> Segments:
-        """The segments where `keep` [S] is true."""
-        return Segments(
-            self.first[keep],
-            self.last[keep],
-            self.starts[:, keep],
-            self.ends[:, keep],
-            self.diagonal[keep],
-            self.num_tokens,
+    def take(self, which: Ints | npt.NDArray[np.bool_]) -> Segments:
+        """Some of the segments, by index or by a bool `[S]`."""
+        return self._replace(
+            first=self.first[which],
+            last=self.last[which],
+            entry=self.entry[which],
+            starts=self.starts[:, which],
+            ends=self.ends[:, which],
+            diagonal=self.diagonal[which],
+        )
+
+    def cut(self, bounds: Ints) -> Segments:
+        """The same columns, cut also at these ascending positions."""
+        low = np.searchsorted(bounds, self.first, side="right")
+        pieces = np.searchsorted(bounds, self.last, side="left") - low + 1
+        of = np.repeat(np.arange(len(pieces)), pieces)
+        nth = np.arange(len(of)) - np.repeat(pieces.cumsum() - pieces, pieces)
+        at = bounds[np.minimum(low[of] + nth, len(bounds) - 1)]
+        before = bounds[np.maximum(low[of] + nth - 1, 0)]
+        cut = self.take(of)
+        return cut._replace(
+            first=np.where(nth == 0, cut.first, before), last=np.where(nth == pieces[of] - 1, cut.last, at)
         )
 
 
-def segments(mask: FlashMask, bounds: Ints) -> Segments:
-    """Segments of a square mask, cut also at the chunk bounds, ascending int64 `[chunks + 1]` from 0 to N."""
+class Needs(NamedTuple):
+    """Which column chunks each row chunk sees, sparse: one entry a pair, ascending by row chunk, then column chunk."""
+
+    rows: Ints
+    """[E]: row chunk."""
+    columns: Ints
+    """[E]: column chunk, another than the row chunk."""
+    keys: Floats
+    """[E]: columns of the column chunk that at least one row of the row chunk sees, at most its size."""
+
+
+def segments(mask: FlashMask) -> Segments:
+    """Segments of a square mask."""
     n = mask.num_columns
     starts = mask.starts.cpu().numpy().reshape(mask.batch * mask.heads, mask.num_intervals, n)
     ends = mask.ends.cpu().numpy().reshape(mask.batch * mask.heads, mask.num_intervals, n)
@@ -60,7 +91,7 @@ def segments(mask: FlashMask, bounds: Ints) -> Segments:
             diagonal &= ~joined
 
     begins = np.zeros((starts.shape[0], n), dtype=bool)
-    begins[:, bounds[:-1]] = True
+    begins[:, :1] = True
     begins[:, 1:] |= diagonal[:, 1:] != diagonal[:, :-1]
     for i in range(mask.num_intervals):
         begins[:, 1:] |= starts[:, i, 1:] != starts[:, i, :-1]
@@ -71,70 +102,119 @@ def segments(mask: FlashMask, bounds: Ints) -> Segments:
     return Segments(
         first.astype(np.int64),
         last.astype(np.int64),
+        entry.astype(np.int64),
         starts[entry, :, first].T.astype(np.int64),
         ends[entry, :, first].T.astype(np.int64),
         diagonal[entry, first],
+        mask.batch * mask.heads,
         n,
     )
 
 
-def chunk_tables(parts: Segments, bounds: Ints) -> tuple[Ints, Ints]:
-    """Area and visible columns of every (row chunk, column chunk), int64 `[chunks, chunks]` each.
+def chunk_areas(parts: Segments, bounds: Ints) -> Ints:
+    """Unmasked scores of the rows of each chunk, int64 `[chunks]`, summed over batch and heads.
 
-    The area is the exact number of unmasked scores, summed over batch and heads. The visible columns are those that at
-    least one row of the row chunk sees: exact for one batch entry and head, else their sum, at most the chunk's size;
-    on the causal diagonal the whole chunk.
-
-    The area comes as in `fm_longctx.mask.tiles`: an interval's overlap with a row chunk is the difference of two
-    ramps, summed over a column chunk as (how many bounds lie above an edge) x (edge) - (sum of those bounds).
+    A masked interval hides max(0, x - start) - max(0, x - end) of the rows below x: sums of ramps, each of which is
+    (how many bounds lie below x) x (x) - (sum of those bounds).
     """
-    chunks = len(bounds) - 1
-    sizes = np.diff(bounds)
+    parts = parts.cut(bounds)
     width = parts.last - parts.first
-    column_chunk = np.searchsorted(bounds, parts.first, side="right") - 1
-    shape = (chunks + 1, chunks)
+    masked = np.zeros(len(bounds), dtype=np.int64)
 
-    cells: list[Ints] = []
-    counts: list[Ints] = []
-    totals: list[Ints] = []
-    hidden_cells: list[Ints] = []
-    hidden_counts: list[Ints] = []
+    def add_ramps(begin: Ints, count: Ints, total: Ints, sign: int) -> None:
+        order = np.argsort(begin, kind="stable")
+        below = np.searchsorted(begin[order], bounds, side="left")
+        counts = np.concatenate([np.zeros(1, dtype=np.int64), count[order].cumsum()])[below]
+        totals = np.concatenate([np.zeros(1, dtype=np.int64), total[order].cumsum()])[below]
+        masked[:] += sign * (bounds * counts - totals)
+
     for starts, ends in zip(parts.starts, parts.ends, strict=True):
-        used = starts < ends
-        n, column = width[used], column_chunk[used]
-        for x, sign in ((starts[used], 1), (ends[used], -1)):
-            cells.append(np.searchsorted(bounds, x) * chunks + column)
-            counts.append(sign * n)
-            totals.append(sign * n * x)
-        # The row chunks that lie wholly inside the interval.
-        above = np.searchsorted(bounds, starts[used])
-        below = np.searchsorted(bounds, ends[used], side="right") - 1
-        inside = above < below
-        for row, sign in ((above, 1), (below, -1)):
-            hidden_cells.append((row * chunks + column)[inside])
-            hidden_counts.append((sign * n)[inside])
-    n, column = width[parts.diagonal], column_chunk[parts.diagonal]
-    sum_of_columns = n * (parts.first + parts.last - 1)[parts.diagonal] // 2
-    cells += [column, (column + 1) * chunks + column]
-    counts += [n, -n]
-    totals += [np.zeros_like(n), -sum_of_columns]
-    hidden_cells += [column, column * chunks + column]
-    hidden_counts += [n, -n]
-
-    def table(cells: list[Ints], values: list[Ints]) -> Ints:
-        """Sum per cell, then down the row edges. float64 sums are exact below 2^53."""
-        flat = np.bincount(np.concatenate(cells), np.concatenate(values), shape[0] * shape[1])
-        return flat.reshape(shape).cumsum(0).astype(np.int64)
-
-    entries = int(width.sum()) // parts.num_tokens if parts.num_tokens else 0
-    masked = np.diff(bounds[:, None] * table(cells, counts) - table(cells, totals), axis=0)
-    area = entries * sizes[:, None] * sizes[None, :] - masked
-    visible = np.minimum(sizes, entries * sizes - table(hidden_cells, hidden_counts)[:-1])
-    return area, visible
+        add_ramps(starts, width, width * starts, 1)
+        add_ramps(ends, width, width * ends, -1)
+    n = width[parts.diagonal]
+    first, last = parts.first[parts.diagonal], parts.last[parts.diagonal]
+    add_ramps(np.zeros_like(n), n, np.zeros_like(n), 1)
+    # Column j's ramp begins at j: no edge lies within a segment, so all of its columns begin before the same edges.
+    add_ramps(first, n, n * (first + last - 1) // 2, -1)
+    return np.diff(parts.num_entries * parts.num_tokens * bounds - masked)
 
 
-def seen_columns(parts: Segments, rows: Ints) -> npt.NDArray[np.bool_]:
-    """Bool `[N]`: the columns of the segments that at least one of the ascending rows sees, in any entry or head."""
+def tile_work(parts: Segments, bounds: Ints, tile: int) -> Floats:
+    """Scores of the tiles that a kernel visits for the rows of each chunk, float64 `[chunks]`: its work.
+
+    A `[tile, tile]` tile is visited unless every column of its column-block hides all of its rows; a chunk that ends
+    within a row-block has its share of it. Intervals are counted one by one: a tile that two of them hide together is
+    taken as visited.
+    """
+    n, blocks = parts.num_tokens, -(-parts.num_tokens // tile)
+    edges = np.minimum(np.arange(blocks + 1) * tile, n)
+    parts = parts.cut(edges)
+    width = parts.last - parts.first
+    block = parts.first // tile
+    group = parts.entry * blocks + block
+    # Row-blocks [low, high) that a segment hides wholly: its columns count at low, and no longer at high.
+    lows = [-(-starts // tile) for starts in parts.starts]
+    highs = [np.where(ends == n, blocks, ends // tile) for ends in parts.ends]
+    lows.append(np.zeros_like(block))
+    highs.append(np.where(parts.diagonal, block, 0))
+    low, high = np.concatenate(lows), np.concatenate(highs)
+    hides = low < high
+    at = (np.tile(group, len(lows)) * (blocks + 1))[hides]
+    columns = np.tile(width, len(lows))[hides]
+    where = np.concatenate([at + low[hides], at + high[hides]])
+    order = np.argsort(where, kind="stable")
+    hidden = np.concatenate([columns, -columns])[order].cumsum()
+    where = where[order]
+    whole = np.flatnonzero(hidden[:-1] == np.diff(edges)[where[:-1] // (blocks + 1) % blocks])
+    rows = where % (blocks + 1)
+    skipped = np.bincount(rows[whole], minlength=blocks + 1) - np.bincount(rows[whole + 1], minlength=blocks + 1)
+    visited = (parts.num_entries * blocks - skipped[:-1].cumsum()) * float(tile * tile)
+    return np.diff(np.interp(bounds, edges, np.concatenate([np.zeros(1), visited.cumsum()])))
+
+
+def chunk_needs(parts: Segments, bounds: Ints) -> Needs:
+    """Which other chunks' columns each row chunk sees.
+
+    Exact for one batch entry and head, else the sum over them up to the chunk's size. Columns hidden jointly by two
+    intervals, or by an interval and the diagonal, count as seen.
+    """
+    chunks, sizes = len(bounds) - 1, np.diff(bounds)
+    parts = parts.cut(bounds)
+    width = parts.last - parts.first
+    column = np.searchsorted(bounds, parts.first, side="right") - 1
+    # Between the row chunks that its intervals hide wholly, a segment is seen.
+    begin = np.where(parts.diagonal, column, 0)
+    begins, ends = [], []
+    for i in range(len(parts.starts) + 1):
+        if i < len(parts.starts):
+            hidden = np.searchsorted(bounds, parts.starts[i], side="left")
+            shown = np.searchsorted(bounds, parts.ends[i], side="right") - 1
+            # An interval within one chunk hides none.
+            hidden, shown = np.where(hidden < shown, (hidden, shown), (begin, begin))
+        else:
+            hidden = shown = np.full_like(begin, chunks)
+        begins.append(begin)
+        ends.append(hidden)
+        begin = np.maximum(begin, shown)
+    first, count = np.concatenate(begins), np.maximum(np.concatenate(ends) - np.concatenate(begins), 0)
+    of = np.repeat(np.arange(len(count)), count)
+    row = np.arange(len(of)) - np.repeat(count.cumsum() - count, count) + first[of]
+    of %= max(len(width), 1)
+    cell, keys = row * chunks + column[of], width[of]
+    if chunks <= _DENSE_CHUNKS:
+        table = np.bincount(cell, keys, chunks * chunks)
+        cells = np.flatnonzero(table)
+        keys = table[cells]
+    else:
+        cells, where = np.unique(cell, return_inverse=True)
+        keys = np.bincount(where, keys, len(cells))
+    rows, columns = np.divmod(cells, max(chunks, 1))
+    remote = rows != columns
+    return Needs(rows[remote], columns[remote], np.minimum(keys, sizes[columns])[remote])
+
+
+def seen_ranges(parts: Segments, rows: Ints) -> tuple[Ints, Ints]:
+    """`[S]` each: of every segment the columns `[first, stop)` that at least one of the ascending rows sees."""
     # The last row that sees a segment, found from its last interval to its first.
     last_row = np.full(len(parts.first), rows[-1] if len(rows) else -1)
     before = np.concatenate([np.array([-1]), rows])
@@ -142,7 +222,49 @@ def seen_columns(parts: Segments, rows: Ints) -> npt.NDArray[np.bool_]:
         caught = np.flatnonzero((starts <= last_row) & (last_row < ends))
         last_row[caught] = before[np.searchsorted(rows, starts[caught])]
     stop = np.where(parts.diagonal, np.minimum(parts.last, last_row + 1), parts.last)
-    some = (last_row >= 0) & (stop > parts.first)
-    change = np.bincount(parts.first[some], minlength=parts.num_tokens + 1)
-    change -= np.bincount(stop[some], minlength=parts.num_tokens + 1)
+    return parts.first, np.where(last_row >= 0, np.maximum(stop, parts.first), parts.first)
+
+
+def seen_columns(parts: Segments, rows: Ints) -> npt.NDArray[np.bool_]:
+    """Bool `[N]`: the columns of the segments that at least one of the ascending rows sees, in any entry or head."""
+    return covered(*seen_ranges(parts, rows), parts.num_tokens)
+
+
+def covered(first: Ints, stop: Ints, n: int) -> npt.NDArray[np.bool_]:
+    """Bool `[n]`: the positions in any of the ranges `[first, stop)`."""
+    some = stop > first
+    change = np.bincount(first[some], minlength=n + 1) - np.bincount(stop[some], minlength=n + 1)
     return change[:-1].cumsum() > 0
+
+
+def seen_areas(parts: Segments, rows: Ints) -> Ints:
+    """int64 `[S]`: visible scores of the ascending rows in each segment."""
+    width = parts.last - parts.first
+    visible = np.full(len(width), len(rows)) * width
+    for starts, ends in zip(parts.starts, parts.ends, strict=True):
+        visible -= (np.searchsorted(rows, ends) - np.searchsorted(rows, starts)) * width
+    # Rows above the diagonal: how many lie below column j, summed over the columns of the segment.
+    below = np.zeros(parts.num_tokens + 1, dtype=np.int64)
+    below[1:] = np.searchsorted(rows, np.arange(parts.num_tokens)).cumsum()
+    return visible - np.where(parts.diagonal, below[parts.last] - below[parts.first], 0)
+
+
+def row_area(parts: Segments) -> Ints:
+    """int64 `[N]`: visible scores of each row, summed over batch and heads."""
+    return chunk_areas(parts, np.arange(parts.num_tokens + 1))
+
+
+def seen_by(parts: Segments, summed: Floats) -> tuple[Ints, Floats]:
+    """`[N]` each: how many rows see each column, and the sum of something over them. Segments of one entry only.
+
+    Args:
+        summed: `[N + 1]`, the sum of that over rows `[0, r)`.
+    """
+    n = parts.num_tokens
+    of = np.repeat(np.arange(len(parts.first)), parts.last - parts.first)
+    hidden_rows = np.where(parts.diagonal[of], np.arange(n), 0)
+    hidden = summed[hidden_rows]
+    for starts, ends in zip(parts.starts, parts.ends, strict=True):
+        hidden_rows = hidden_rows + (ends - starts)[of]
+        hidden = hidden + (summed[ends] - summed[starts])[of]
+    return n - hidden_rows, summed[-1] - hidden

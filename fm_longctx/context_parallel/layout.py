@@ -1,0 +1,256 @@
+"""Choosing chunks, their owners and the number of stages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fm_longctx.context_parallel.assign import STRATEGIES, balanced, contiguous, zigzag
+from fm_longctx.context_parallel.cost import CostModel, predict_forward
+from fm_longctx.context_parallel.coverage import (
+    Floats,
+    Ints,
+    Needs,
+    Segments,
+    chunk_areas,
+    chunk_needs,
+    row_area,
+    seen_by,
+    segments,
+    tile_work,
+)
+from fm_longctx.context_parallel.local import stage_of
+from fm_longctx.context_parallel.problem import TOLERANCE, Bools, Problem
+from fm_longctx.mask.flash_mask import FlashMask
+
+# The kernels' blocks of rows and columns; chunks are whole ones where a rank has enough positions.
+_TILE = 128
+# Chunks a rank has if not told otherwise, and how many there may be in all where that is too few to balance.
+_CHUNKS_A_RANK = 16
+_MOST_CHUNKS = 1024
+# More stages than these are not tried: each merges the rank's whole output once more.
+_MOST_STAGES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Chunks and their owners, with what was known of them when they were chosen."""
+
+    world_size: int
+    bounds: Ints
+    owners: Ints
+    areas: Ints
+    """`[ranks]`: unmasked scores, summed over masks times weights, batch and heads."""
+    problem: Problem
+    assigned: Ints
+    """`[problem.chunks]`: the owners before neighbours of one rank were joined."""
+    entries: float
+    """Batch entries whose keys travel for each position, mean over masks."""
+
+
+def choose_layout(
+    masks: Sequence[FlashMask],
+    weights: Sequence[int],
+    world_size: int,
+    strategy: str,
+    chunk_size: int | None,
+    cost: CostModel,
+) -> Layout:
+    """The layout of a strategy for the weighted sum of the masks. Arguments as in `ShardPlan.build`."""
+    _check_strategy(strategy, chunk_size)
+    n = masks[0].num_rows
+    parts = [segments(mask) for mask in masks]
+
+    def pose(chunk_size: int) -> tuple[Ints, Ints, Problem]:
+        return _pose(masks, parts, weights, world_size, chunk_size, cost)
+
+    if strategy == "balanced":
+        size = chunk_size or _chunk_size(n, world_size)
+        bounds, areas, problem = pose(size)
+        best = balanced(problem)
+        # A mask with a few heavy rows asks for smaller chunks.
+        while chunk_size is None and best.imbalance > 1 + 2 * TOLERANCE and n < size * _MOST_CHUNKS and size > 1:
+            size //= 2
+            finer = pose(size)
+            other = balanced(finer[2])
+            if other.cost < best.cost:
+                (bounds, areas, problem), best = finer, other
+        assigned = best.owners
+    else:
+        share = max(1, n // world_size)
+        bounds, areas, problem = pose(share if strategy == "contiguous" else max(1, share // 2))
+        assigned = (contiguous if strategy == "contiguous" else zigzag)(len(bounds) - 1, world_size)
+    changes = np.flatnonzero(np.diff(assigned, prepend=-1))
+    return Layout(
+        world_size=world_size,
+        bounds=np.append(bounds[changes], n),
+        owners=assigned[changes],
+        areas=_sums(assigned, areas, world_size),
+        problem=problem,
+        assigned=assigned,
+        entries=float(np.average([mask.batch for mask in masks], weights=weights)),
+    )
+
+
+def choose_stages(layout: Layout, cost: CostModel) -> int:
+    """The fewest stages whose predicted forward is within 1% of the best, for the rank that takes longest."""
+    world_size, problem, owners = layout.world_size, layout.problem, layout.assigned
+    if world_size <= 2:
+        return world_size
+    # [destination, source]
+    keys = np.stack([np.bincount(owners, r, world_size).astype(np.float64) for r in problem.received(owners)])
+    load = np.bincount(owners, problem.load, world_size)
+    needs = problem.needs
+    pairs = owners[needs.rows] * world_size + owners[needs.columns]
+    scores = (
+        np.bincount(pairs, needs.keys * problem.sizes[needs.rows], world_size**2).reshape(keys.shape).astype(np.float64)
+    )
+    np.fill_diagonal(scores, 0)
+    # What needs tell of scores is an upper bound: a tile counts whole.
+    scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
+    np.fill_diagonal(scores, load - scores.sum(1))
+    rows = np.bincount(owners, problem.sizes, world_size).astype(np.float64)
+    times = {}
+    for stages in range(2, min(world_size, _MOST_STAGES) + 1):
+        prediction = predict_forward(cost, *stage_tables(scores, keys * layout.entries, stages), rows)
+        times[stages] = float(prediction.total.max())
+    good = 1.01 * min(times.values())
+    return next(stages for stages, time in times.items() if time <= good)
+
+
+def stage_tables(scores: Floats, keys: Floats, num_stages: int, direction: str = "busier") -> tuple[Floats, Floats]:
+    """What each rank computes, and what keys it exchanges, in each stage, `[ranks, stages]` each.
+
+    Args:
+        scores, keys: `[destination, source]` of every pair of ranks.
+        direction: keys `received`, `sent`, or those of the `busier` of the two.
+    """
+    ranks = len(scores)
+    computed, received, sent = (np.zeros((ranks, num_stages)) for _ in range(3))
+    for hops in range(ranks):
+        destination = np.arange(ranks)
+        source = (destination - hops) % ranks
+        stage = stage_of(0, hops, ranks, num_stages)
+        computed[destination, stage] += scores[destination, source]
+        if hops:
+            received[destination, stage] += keys[destination, source]
+            sent[source, stage] += keys[destination, source]
+    return computed, {"received": received, "sent": sent, "busier": np.maximum(received, sent)}[direction]
+
+
+def received_floor(masks: Sequence[FlashMask], weights: Sequence[int], world_size: int, tolerance: float) -> float:
+    """Keys that any layout must receive whose area is even to the tolerance, over an all-gather's: a lower bound.
+
+    The rows that see a column have together an area that takes at least so many ranks, and are so many that they take
+    at least so many shares; one of these ranks may own the column, the others receive it. Counted for each column and
+    by scores, whatever chunks a layout has; with several batch entries or heads for the one that asks for most.
+    """
+    n, total = masks[0].num_rows, 0.0
+    share = -(-n // world_size)
+    if world_size == 1 or n <= 1:
+        return 0.0
+    rows_area = np.zeros(n, dtype=np.int64)
+    for mask, weight in zip(masks, weights, strict=True):
+        rows_area += weight * row_area(segments(mask))
+    mean = float(rows_area.sum()) / world_size
+    summed = np.concatenate([np.zeros(1), rows_area.cumsum()])
+    for mask, weight in zip(masks, weights, strict=True):
+        most = np.zeros(n)
+        parts = segments(mask)
+        for entry in range(parts.num_entries):
+            rows, area = seen_by(parts.take(parts.entry == entry), summed)
+            needed = np.ceil(np.maximum(area / (mean * (1 + tolerance)) if mean else 0 * area, rows / share) - 1e-9)
+            most = np.maximum(most, needed - 1)
+        total += weight * np.maximum(most, 0).sum()
+    return float(total / sum(weights) / (n * (world_size - 1)))
+
+
+def chunk_grid(n: int, world_size: int, chunk_size: int) -> tuple[Ints, Bools]:
+    """Chunks of n positions that ranks can share equally: bounds int64 `[chunks + 1]`, and which chunks are odd.
+
+    A rank's floor(n / world_size) positions are chunks of `chunk_size` and one odd chunk with the rest, of half to one
+    and a half chunks; the first n % world_size odd chunks have one position more. The odd ones lie evenly between the
+    others. Any choice of one odd chunk and equally many others gives a rank floor or ceil of n / world_size positions.
+
+    >>> chunk_grid(11, 2, 2)
+    (array([ 0,  2,  4,  6,  8, 10, 11]), array([False, False,  True, False, False,  True]))
+    """
+    share, longer = divmod(n, world_size)
+    chunk_size = min(chunk_size, max(share, 1))
+    whole = max(0, (2 * share + chunk_size) // (2 * chunk_size) - 1)
+    sizes = np.full((world_size, whole + 1), chunk_size)
+    sizes[:, whole] = share - whole * chunk_size
+    sizes[:longer, whole] += 1
+    odd = np.zeros(sizes.shape, dtype=bool)
+    odd[:, whole] = sizes[:, whole].max() != chunk_size or longer > 0
+    flat, is_odd = sizes.ravel(), odd.ravel()
+    bounds = np.concatenate([np.zeros(1, dtype=np.int64), flat[flat > 0].cumsum()])
+    return bounds, is_odd[flat > 0]
+
+
+def _pose(
+    masks: Sequence[FlashMask],
+    parts: Sequence[Segments],
+    weights: Sequence[int],
+    world_size: int,
+    chunk_size: int,
+    cost: CostModel,
+) -> tuple[Ints, Ints, Problem]:
+    """Bounds, areas of the chunks, and the problem of sharing them out."""
+    bounds, odd = chunk_grid(masks[0].num_rows, world_size, chunk_size)
+    areas = np.zeros(len(bounds) - 1, dtype=np.int64)
+    load = np.zeros(len(bounds) - 1)
+    for mask, part, weight in zip(masks, parts, weights, strict=True):
+        area = chunk_areas(part, bounds)
+        areas += weight * area
+        # Half the scores, half the tiles: neither may be far from even. In chunks smaller than a tile the kernel's
+        # blocks say nothing about the rows.
+        work = (area + tile_work(part, bounds, _TILE)) / 2 if chunk_size >= _TILE else area
+        load += work * (weight / mask.heads)
+    problem = Problem(
+        world_size=world_size,
+        sizes=np.diff(bounds),
+        odd=odd,
+        load=load,
+        needs=_together([chunk_needs(part, bounds) for part in parts], weights, len(bounds) - 1),
+        cost=cost,
+    )
+    return bounds, areas, problem
+
+
+def _together(needs: Sequence[Needs], weights: Sequence[int], chunks: int) -> Needs:
+    """The weighted mean of what several masks need."""
+    if len(needs) == 1:
+        return needs[0]
+    cell = np.concatenate([n.rows * chunks + n.columns for n in needs])
+    keys = np.concatenate([n.keys * (w / sum(weights)) for n, w in zip(needs, weights, strict=True)])
+    cells, where = np.unique(cell, return_inverse=True)
+    rows, columns = np.divmod(cells, max(chunks, 1))
+    return Needs(rows, columns, np.bincount(where, keys, len(cells)).astype(np.float64))
+
+
+def _chunk_size(n: int, world_size: int) -> int:
+    """So many chunks a rank as balance well and can be searched; in whole tiles where they are that large."""
+    per_rank = min(_CHUNKS_A_RANK, max(2, _MOST_CHUNKS // world_size))
+    size = n // (world_size * per_rank)
+    return size // _TILE * _TILE if size >= _TILE else max(1, size)
+
+
+def _sums(owners: Ints, values: Ints, world_size: int) -> Ints:
+    """Sum of each rank's values, in integers: bincount's float64 would lose digits above 2^53."""
+    sums = np.zeros(world_size, dtype=np.int64)
+    np.add.at(sums, owners, values)
+    return sums
+
+
+def _check_strategy(strategy: str, chunk_size: int | None) -> None:
+    if strategy not in STRATEGIES:
+        nearest = difflib.get_close_matches(str(strategy), STRATEGIES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}. Did you mean {nearest!r}?")
+    if strategy != "balanced" and chunk_size is not None:
+        raise ValueError(
+            f"chunk_size={chunk_size} is for strategy 'balanced'; {strategy!r} has slices of its own. Leave one out."
+        )

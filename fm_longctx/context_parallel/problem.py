@@ -1,0 +1,116 @@
+"""What an assignment of chunks to ranks is judged by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fm_longctx.context_parallel.cost import CostModel
+from fm_longctx.context_parallel.coverage import Floats, Ints, Needs
+
+Bools = npt.NDArray[np.bool_]
+
+# Load above the mean, as a share of it, that is not worth a single key more of traffic.
+TOLERANCE = 0.01
+# 1% of imbalance beyond the tolerance weighs like at least 5% of an all-gather, however slow the link is said to be.
+_LEAST_PRICE = 5.0
+
+
+class Assignment(NamedTuple):
+    """An owner for each chunk, and what it costs."""
+
+    owners: Ints
+    """`[chunks]`: the rank of each chunk."""
+    imbalance: float
+    """Largest over mean load, 1.0 without load."""
+    received: float
+    """Columns received over what an all-gather receives, mean over ranks, as far as the needs tell."""
+    cost: float
+    """For comparing assignments: what is received, plus the overload at its price, in all-gathers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Chunks of a sequence to be shared out: equally many positions a rank, little traffic, equal load."""
+
+    world_size: int
+    sizes: Ints
+    """`[chunks]`: positions."""
+    odd: Bools
+    """`[chunks]`: chunks of another size than the rest; a rank owns at most one. As `chunk_grid` makes them: the last
+    chunk of each of `world_size` equal groups."""
+    load: Floats
+    """`[chunks]`: scores that the kernel computes for the chunk's rows."""
+    needs: Needs
+    """What the rows of a chunk see of others. A rank is taken to need of a chunk as many columns as its most demanding
+    chunk of rows: exact for packed causal documents."""
+    cost: CostModel
+
+    @property
+    def chunks(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def mean_load(self) -> float:
+        return float(self.load.sum()) / self.world_size
+
+    @cached_property
+    def by_row(self) -> Ints:
+        """`[chunks + 1]`: where each row chunk's entries begin in `needs`."""
+        return np.searchsorted(self.needs.rows, np.arange(self.chunks + 1))
+
+    @cached_property
+    def transposed(self) -> tuple[Ints, Needs]:
+        """`needs` ascending by column chunk, and where each column chunk's entries begin."""
+        order = np.argsort(self.needs.columns, kind="stable")
+        needs = Needs(self.needs.rows[order], self.needs.columns[order], self.needs.keys[order])
+        return np.searchsorted(needs.columns, np.arange(self.chunks + 1)), needs
+
+    @cached_property
+    def reach(self) -> Floats:
+        """`[chunks]`: columns of other chunks that a chunk's rows see."""
+        return np.bincount(self.needs.rows, self.needs.keys, self.chunks).astype(np.float64)
+
+    @cached_property
+    def price(self) -> float:
+        """What an imbalance of 1 costs, in all-gathers: attention that others wait for over a hidden exchange."""
+        keys = np.array(self.sizes.sum() * (1 - 1 / self.world_size))
+        transfer = float(self.cost.transfer(keys * self.cost.forward_key_bytes))
+        compute = float(self.cost.forward_compute(np.array(self.mean_load)))
+        hidden = self.cost.hidden_price * transfer
+        return max(_LEAST_PRICE, compute / hidden if hidden > 0 else _LEAST_PRICE)
+
+    def measure(self, owners: Ints) -> Assignment:
+        """The assignment with its imbalance, traffic and cost."""
+        load = np.bincount(owners, self.load, self.world_size)
+        imbalance = float(load.max() / self.mean_load) if self.mean_load > 0 else 1.0
+        elsewhere = self.sizes.sum() - np.bincount(owners, self.sizes, self.world_size)
+        fractions = self.received(owners).sum(1) / np.maximum(elsewhere, 1)
+        received = float(fractions.mean())
+        return Assignment(owners, imbalance, received, received + self.price * max(0.0, imbalance - 1 - TOLERANCE))
+
+    def received(self, owners: Ints) -> Floats:
+        """Columns that each rank receives of each chunk, `[ranks, chunks]`."""
+        needed = np.zeros((self.world_size, self.chunks))
+        np.maximum.at(needed, (owners[self.needs.rows], self.needs.columns), self.needs.keys)
+        needed[owners, np.arange(self.chunks)] = 0
+        return needed
+
+    def floor(self, tolerance: float = TOLERANCE) -> float:
+        """A lower bound on the received fraction of any assignment whose imbalance is at most 1 + tolerance.
+
+        The row chunks that see a column have together a load that takes at least so many ranks; one of them may own
+        the column, the others receive it.
+        """
+        load = np.bincount(self.needs.columns, self.load[self.needs.rows], self.chunks) + self.load
+        most = np.zeros(self.chunks)
+        np.maximum.at(most, self.needs.columns, self.needs.keys)
+        cap = self.mean_load * (1 + tolerance)
+        ranks = np.ceil(load / cap - 1e-9) if cap > 0 else np.ones(self.chunks)
+        tokens = float(self.sizes.sum())
+        everything = tokens * (self.world_size - 1)
+        return float((np.maximum(ranks - 1, 0) * most).sum() / everything) if everything else 0.0

@@ -1,0 +1,134 @@
+"""Bettering an assignment by exchanging pairs of chunks between ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fm_longctx.context_parallel.coverage import Floats, Ints
+from fm_longctx.context_parallel.problem import TOLERANCE, Problem
+
+# What load beyond the tolerance costs, in sequences received per mean load: balance first, then traffic.
+_OVERLOAD_PRICE = 50.0
+# Bounds the time of dense masks: rounds x entries of the needs.
+_MOST_WORK = 3_000_000
+_MOST_CELLS = 1 << 23
+# Pairs worked out exactly before a rank is given up.
+_TRIES = 8
+
+
+def swap(problem: Problem, owners: Ints) -> Ints:
+    """Owners after exchanging pairs while that lowers overload and traffic, the most overloaded rank's first."""
+    if problem.world_size == 1 or problem.mean_load <= 0 or problem.world_size * problem.chunks > _MOST_CELLS:
+        return owners
+    state = _Traffic(problem, owners.copy())
+    load = np.bincount(owners, problem.load, problem.world_size)
+    limit = problem.mean_load * (1 + TOLERANCE)
+    price = _OVERLOAD_PRICE * float(problem.sizes.sum()) / problem.mean_load
+    stuck = np.zeros(problem.world_size, dtype=bool)
+    mixed = bool(problem.odd.any())
+    for _ in range(min(8 * problem.world_size, max(8, _MOST_WORK // max(1, len(problem.needs.rows))))):
+        if stuck.all():
+            break
+        order = np.lexsort((-state.received, -np.maximum(load - limit, 0)))
+        rank = int(order[~stuck[order]][0])
+        mine = np.flatnonzero(state.owners == rank)
+        theirs = np.flatnonzero(state.owners != rank)
+        others = load[state.owners[theirs]]
+        shift = problem.load[mine][:, None] - problem.load[theirs]
+        relief = np.maximum(load[rank] - limit, 0) + np.maximum(others - limit, 0)
+        relief = relief - np.maximum(load[rank] - limit - shift, 0) - np.maximum(others - limit + shift, 0)
+        gain = state.estimate(rank, mine, theirs) + price * relief
+        if mixed:
+            gain[problem.odd[mine][:, None] != problem.odd[theirs]] = -np.inf
+        stuck[rank] = True
+        # The estimate looks at the two chunks one by one; the best few are worked out.
+        for pair in _largest(gain.ravel(), _TRIES):
+            i, j = divmod(int(pair), len(theirs))
+            if gain[i, j] <= 0:
+                break
+            other = int(state.owners[theirs[j]])
+            if state.try_swap(int(mine[i]), int(theirs[j]), price * relief[i, j]):
+                load[rank] -= shift[i, j]
+                load[other] += shift[i, j]
+                stuck[:] = False
+                break
+    return state.owners
+
+
+def _largest(values: Floats, count: int) -> Ints:
+    """Where the largest are, largest first; of equal ones the first."""
+    count = min(count, len(values))
+    top = np.sort(np.argpartition(values, len(values) - count)[len(values) - count :])
+    return top[np.argsort(-values[top], kind="stable")]
+
+
+class _Traffic:
+    """The columns that ranks receive under an assignment, and what moving a chunk would change."""
+
+    def __init__(self, problem: Problem, owners: Ints) -> None:
+        self.problem, self.owners = problem, owners
+        ranks, chunks = problem.world_size, problem.chunks
+        self.received = np.zeros(ranks)
+        """[ranks]: columns received."""
+        self.joining = np.zeros((ranks, chunks))
+        """[rank, chunk]: columns that a rank would receive more if it owned the chunk too."""
+        self.leaving = np.zeros(chunks)
+        """[chunk]: columns that its rank would receive less without it."""
+        self.top = np.zeros((ranks, chunks), dtype=np.int64)
+        """[rank, chunk]: which of the rank's chunks needs most of it."""
+        self.most, self.second = np.zeros((ranks, chunks)), np.zeros((ranks, chunks))
+        """[rank, chunk]: how many columns that one needs, and how many the next."""
+        for rank in range(ranks):
+            self._update(rank)
+
+    def estimate(self, rank: int, mine: Ints, theirs: Ints) -> Floats:
+        """Columns saved by exchanging a chunk of `mine`, the rank's, for one of `theirs`, `[mine, theirs]`."""
+        saved = self.leaving[mine][:, None] + (self.leaving[theirs] - self.joining[rank, theirs])
+        return saved - self.joining[self.owners[theirs], mine[:, None]]
+
+    def try_swap(self, i: int, j: int, bonus: float) -> bool:
+        """Exchange chunks i and j if columns saved and bonus are together above 0."""
+        a, b = int(self.owners[i]), int(self.owners[j])
+        self.owners[i], self.owners[j] = b, a
+        saved = self.received[a] + self.received[b] - self._needed(a, i, j) - self._needed(b, j, i)
+        if saved + bonus <= 0:
+            self.owners[i], self.owners[j] = a, b
+            return False
+        self._update(a)
+        self._update(b)
+        return True
+
+    def _needed(self, rank: int, gone: int, come: int) -> float:
+        """Columns that the rank receives, by the owners as they are now, once one chunk has left and one has come."""
+        needs = self.problem.needs
+        have = np.where(self.top[rank] == gone, self.second[rank], self.most[rank])
+        entries = slice(self.problem.by_row[come], self.problem.by_row[come + 1])
+        columns = needs.columns[entries]
+        have[columns] = np.maximum(have[columns], needs.keys[entries])
+        have[self.owners == rank] = 0
+        return float(have.sum())
+
+    def _update(self, rank: int) -> None:
+        problem, needs = self.problem, self.problem.needs
+        own = self.owners == rank
+        mine = np.flatnonzero(own)
+        begins, counts = problem.by_row[mine], np.diff(problem.by_row)[mine]
+        row = np.repeat(np.arange(len(mine)), counts)
+        entries = np.arange(len(row)) + np.repeat(begins - (counts.cumsum() - counts), counts)
+        table = np.zeros((len(mine), len(own)))
+        table[row, needs.columns[entries]] = needs.keys[entries]
+
+        everywhere = np.arange(len(own))
+        top = table.argmax(0)
+        most = table[top, everywhere]
+        table[top, everywhere] = 0
+        second = table.max(0)
+        self.top[rank], self.most[rank], self.second[rank] = mine[top], most, second
+        received = np.where(own, 0, most)
+        self.received[rank] = received.sum()
+        # A chunk that joins brings its needs, and its own columns need no longer travel; one that leaves the reverse.
+        have = np.where(own, np.inf, most)
+        more = np.maximum(needs.keys - have[needs.columns], 0)
+        self.joining[rank] = np.bincount(needs.rows, more, len(own)) - received
+        alone = np.bincount(top, np.where(own, 0, most - second), len(mine))
+        self.leaving[mine] = alone - np.where(top[mine] == np.arange(len(mine)), second[mine], most[mine])
