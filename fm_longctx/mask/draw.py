@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fm_longctx.mask.flash_mask import FlashMask
 
 # At most this many cells a side: finer ones would be smaller than a pixel.
-_MAX_CELLS = 640
+MAX_CELLS = 640
 # Cells this few a side get lines between them.
 _MAX_RULED = 40
 
@@ -66,7 +66,7 @@ def draw(
             raise ValueError(f"{name} must be in [0, {size}) for this mask, got {index}.")
     longest = max(mask.num_rows, mask.num_columns)
     if block is None:
-        block = 1 << max(0, math.ceil(math.log2(max(1, longest) / _MAX_CELLS)))
+        block = 1 << max(0, math.ceil(math.log2(max(1, longest) / MAX_CELLS)))
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"block must be an integer >= 1, got {block!r}.")
 
@@ -78,7 +78,7 @@ def draw(
     )
     ranks = None if rank_of_row is None else _check_ranks(rank_of_row, mask.num_rows)
     num_ranks = 0 if ranks is None else int(ranks.max(initial=0)) + 1
-    owners = None if ranks is None else _palette(num_ranks)[_rank_of_block(ranks, block)]
+    owners = None if ranks is None else palette(num_ranks)[rank_of_block(ranks, block)]
     image = cell_colours(visible_share(one, block), owners)
     if title is None:
         scores = mask.num_rows * mask.num_columns
@@ -190,16 +190,16 @@ def _legend_handles(block: int, num_ranks: int) -> list[Any]:
             entries.append((_PARTIAL, "partial"))
         entries.append((_FULL, names[1]))
     else:
-        palette = _palette(num_ranks)
+        colours = palette(num_ranks)
         # Beyond what a legend can list, every so many ranks show how the scale runs.
         shown = range(0, num_ranks, -(-num_ranks // 16))
-        entries += [(palette[rank], f"rank {rank}") for rank in shown]
+        entries += [(colours[rank], f"rank {rank}") for rank in shown]
         if block > 1:
-            entries.append((_tint(palette[0]), "partial (tint)"))
+            entries.append((_tint(colours[0]), "partial (tint)"))
     return [Patch(facecolor=colour, edgecolor="#b5bac1", linewidth=0.5, label=name) for colour, name in entries]
 
 
-def _palette(num_ranks: int) -> np.ndarray:
+def palette(num_ranks: int) -> np.ndarray:
     """Colour of each rank, float64 `[num_ranks, 3]`."""
     from matplotlib import colormaps
     from matplotlib.colors import to_rgb
@@ -217,7 +217,7 @@ def _block_sizes(length: int, block: int) -> np.ndarray:
     return np.diff(np.minimum(np.arange(-(-length // block) + 1) * block, length))
 
 
-def _rank_of_block(ranks: np.ndarray, block: int) -> np.ndarray:
+def rank_of_block(ranks: np.ndarray, block: int) -> np.ndarray:
     """The rank with most rows in each row-block, int64 `[row-blocks]`; the lowest of several."""
     num_blocks, num_ranks = -(-len(ranks) // block), int(ranks.max(initial=0)) + 1
     cell = np.arange(len(ranks)) // block * num_ranks + ranks

@@ -54,7 +54,7 @@ def test_the_strip_shows_owners_of_rows_that_see_nothing(tmp_path):
     blind = FlashMask.from_dense(torch.zeros(8, 8, dtype=torch.bool))
     blind.draw(path, rank_of_row=[0, 0, 0, 0, 1, 1, 1, 1])
     picture = imread(path)
-    colours = draw._palette(2)
+    colours = draw.palette(2)
     near = [np.abs(picture[..., :3] - colour).max(-1) < 0.02 for colour in colours]
     strip = (near[0].sum(0) > 100) & (near[1].sum(0) > 100)
     assert strip.any()

@@ -1,0 +1,181 @@
+"""What a plan costs, rank by rank: as text for a terminal and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fm_longctx.context_parallel.cost import Prediction, predict_backward, predict_forward
+from fm_longctx.context_parallel.coverage import Floats
+from fm_longctx.context_parallel.layout import stage_tables
+from fm_longctx.mask.draw import MAX_CELLS, cell_colours, palette, rank_of_block, visible_share
+
+if TYPE_CHECKING:
+    from fm_longctx.context_parallel.plan import ShardPlan
+
+# Ranks that the text lists; of more it lists the ones that say most.
+_MOST_LISTED = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlanReport:
+    """Counts are exact; times are predictions of the plan's `CostModel` for one attention layer.
+
+    With several masks everything is the mean over them by their weights: one layer of the average kind. Areas are those
+    of one query head, keys and bytes those of the whole batch.
+    """
+
+    plan: ShardPlan
+    scores: Floats
+    """`[ranks, stages]`: unmasked scores of one query head."""
+    received: Floats
+    """`[ranks, stages]`: bytes of keys and values that arrive."""
+    sent: Floats
+    """`[ranks, stages]`: bytes of keys and values that leave. Gradients travel the other way, wider."""
+    floor: float
+    """Keys that any layout of equal shares with at most 2% imbalance must receive, over an all-gather's."""
+    forward: Prediction
+    backward: Prediction
+
+    @classmethod
+    def of(cls, plan: ShardPlan) -> PlanReport:
+        """The report of a plan: `plan.report()`."""
+        ranks, cost = plan.world_size, plan.cost
+        total = sum(plan.weights)
+        scores, keys = np.zeros((ranks, ranks)), np.zeros((ranks, ranks))
+        for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
+            scores += area * (weight / total / mask.heads)
+            keys += seen * (weight / total * mask.batch)
+        np.fill_diagonal(keys, 0)
+        computed, busier = stage_tables(scores, keys, plan.num_stages)
+        received = stage_tables(scores, keys, plan.num_stages, direction="received")[1]
+        sent = stage_tables(scores, keys, plan.num_stages, direction="sent")[1]
+        rows = np.array([len(plan.rows(rank)) for rank in range(ranks)], dtype=np.float64)
+        return cls(
+            plan=plan,
+            scores=computed,
+            received=received * cost.forward_key_bytes,
+            sent=sent * cost.forward_key_bytes,
+            floor=plan.floor(),
+            forward=predict_forward(cost, computed, busier, rows),
+            backward=predict_backward(cost, computed, busier),
+        )
+
+    @property
+    def ideal(self) -> tuple[float, float]:
+        """Seconds of forward and backward if the same scores were spread evenly and nothing were waited for."""
+        mean = np.array(self.scores.sum() / len(self.scores))
+        return float(self.plan.cost.forward_compute(mean)), float(self.plan.cost.backward_compute(mean))
+
+    def __str__(self) -> str:
+        plan, ideal = self.plan, self.ideal
+        rows = [len(plan.rows(rank)) for rank in range(plan.world_size)]
+        chunks = np.bincount(plan.owners.numpy(), minlength=plan.world_size)
+        lines = [
+            f"{plan.num_tokens:,} tokens over {plan.world_size} ranks, strategy {plan.strategy}, "
+            f"{plan.num_stages} stages",
+            f"imbalance (max/mean area)      {plan.imbalance:.3f}",
+            f"keys received, of all-gather   {plan.received_fraction:.3f} on average "
+            f"(no even layout below {self.floor:.3f})",
+            f"bytes received, forward        {_bytes(self.received.sum(1).mean())} on average, "
+            f"{_bytes(self.received.sum(1).max())} at most, a rank and layer",
+            _times("forward", self.forward, ideal[0]),
+            _times("backward", self.backward, ideal[1]),
+            "",
+            f"{'rank':>6} {'rows':>9} {'runs':>5} {'area':>7}  {'received by stage':<26} {'sent by stage':<26} "
+            f"{'forward':>9} {'waits':>9}",
+        ]
+        mean = max(1e-30, self.scores.sum() / plan.world_size)
+        for rank in self._listed():
+            lines.append(
+                f"{rank:>6} {rows[rank]:>9,} {chunks[rank]:>5} {self.scores[rank].sum() / mean:>7.3f}  "
+                f"{_stages(self.received[rank, 1:]):<26} {_stages(self.sent[rank, 1:]):<26} "
+                f"{_ms(self.forward.total[rank]):>9} {_ms(self.forward.exposed[rank]):>9}"
+            )
+        if plan.world_size > _MOST_LISTED:
+            lines.append(f"(of {plan.world_size} ranks: the largest, the median and the smallest by time)")
+        lines.append("Counts are exact; times are modelled, one layer, by " + str(plan.cost))
+        return "\n".join(lines)
+
+    def draw(self, path: str | PathLike[str]) -> None:
+        """Save a picture (PNG or SVG): the first mask in its ranks' colours, and the load and traffic of each rank.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        suffix = fspath(path).rpartition(".")[2].lower()
+        if suffix not in ("png", "svg"):
+            raise ValueError(f"path must end in .png or .svg, got {fspath(path)!r}.")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        figure = self._figure()
+        canvas: Any = FigureCanvasAgg(figure) if suffix == "png" else FigureCanvasSVG(figure)
+        canvas.print_figure(fspath(path), format=suffix, metadata={"Date": None} if suffix == "svg" else None)
+
+    def _figure(self) -> Any:
+        from matplotlib.figure import Figure
+
+        plan = self.plan
+        ranks = np.arange(plan.world_size)
+        colours = palette(plan.world_size)
+        owner = np.repeat(plan.owners.numpy(), np.diff(plan.bounds.numpy()))
+        block = 1 << max(0, math.ceil(math.log2(max(1, plan.num_tokens) / MAX_CELLS)))
+        image = cell_colours(visible_share(plan.masks[0], block), colours[rank_of_block(owner, block)])
+        figure = Figure(figsize=(11.5, 5.4), dpi=140, facecolor="white", layout="constrained")
+        mask_axes, load_axes, traffic_axes = figure.subplots(1, 3, width_ratios=[2.2, 1, 1])
+        n = max(1, plan.num_tokens)
+        if image.size:
+            mask_axes.imshow(image, extent=(0, n, n, 0), interpolation="nearest", aspect="auto")
+        mask_axes.set(xlabel="column (key)", ylabel="row (query), in its rank's colour")
+        mask_axes.set_title(f"{plan.num_tokens:,} tokens, {plan.world_size} ranks, {plan.strategy}", fontsize=10)
+        mean = max(1e-30, self.scores.sum() / plan.world_size)
+        load_axes.barh(ranks, self.scores.sum(1) / mean, color=colours)
+        load_axes.axvline(1.0, color="#444444", linewidth=0.8, linestyle="--")
+        load_axes.set_title(f"area / mean, at most {plan.imbalance:.3f}", fontsize=10)
+        traffic_axes.barh(ranks, self.received.sum(1) / 2**20, color=colours)
+        traffic_axes.set_title("MiB received, forward", fontsize=10)
+        for axes in (load_axes, traffic_axes):
+            axes.set_ylim(plan.world_size - 0.4, -0.6)
+            axes.set_ylabel("rank")
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        return figure
+
+    def _listed(self) -> Sequence[int]:
+        order = np.argsort(-self.forward.total, kind="stable")
+        if len(order) <= _MOST_LISTED:
+            return list(range(len(order)))
+        third = _MOST_LISTED // 3
+        middle = len(order) // 2 - third // 2
+        return [*order[:third].tolist(), *order[middle : middle + third].tolist(), *order[-third:].tolist()]
+
+
+def _times(name: str, prediction: Prediction, ideal: float) -> str:
+    slowest, waits = float(prediction.total.max()), prediction.exposed[int(prediction.total.argmax())]
+    share = f"{ideal / slowest:.1%} of ideal" if slowest > 0 else "nothing to do"
+    return (
+        f"predicted {name:<9}            {_ms(slowest)} for the slowest rank, of which it waits {_ms(waits)}; "
+        f"ideal {_ms(ideal)}: {share}"
+    )
+
+
+def _stages(values: Floats) -> str:
+    shown = " ".join(_bytes(v) for v in values[:3])
+    return shown + (" ..." if len(values) > 3 else "") if len(values) else "-"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}B"
