@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from fm_longctx.context_parallel.exchange import (
     start_keys,
     unpack,
 )
+from fm_longctx.context_parallel.heads import check_heads, to_heads, to_rows
 from fm_longctx.context_parallel.merge import merge_
+from fm_longctx.context_parallel.stages import Stage
+from fm_longctx.mask import FlashMask
 
 
 @torch.compiler.disable
@@ -31,6 +35,8 @@ def context_parallel_attention(
     context: ContextParallel,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    refetch: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of this rank's rows to every column that they see, wherever it lives. A collective: all ranks call it.
@@ -39,92 +45,135 @@ def context_parallel_attention(
         q: `[B, T, H, D]`, the rank's rows (`plan.shard(x, rank, dim=1)`), in a dtype that `flashmask_attention` takes.
         k, v: `[B, T, H_kv, D]` and `[B, T, H_kv, D_v]`, the same rows' keys and values.
         context: group, plan and mask.
-        scale, backend: as in `flashmask_attention`.
+        scale, softcap, backend: as in `flashmask_attention`.
+        refetch: fetch the keys of other ranks again in the backward instead of keeping them: the forward's traffic
+            twice, and no memory for received keys between the two.
 
     Returns:
         out `[B, T, H, D_v]` in q's dtype, the rank's rows of what `flashmask_attention` gives for the whole sequence.
 
     Raises:
-        ValueError: inputs that do not fit together or do not have the rank's rows.
+        ValueError: inputs that do not fit together or do not have the rank's rows, or (with the context's `check`) that
+            differ between ranks, which are named.
+        RuntimeError: a rank is gone, or did not come within the group's timeout.
 
     The keys of stage s + 1 travel while stage s is attended to. Partial results are merged in float32 (float64 for
     float64 inputs) in the order of the stages; gradients of keys travel back in that dtype and are added in the order
-    of stages and ranks, so the result is repeatable bit for bit. Received keys are kept for the backward; under
-    activation checkpointing they are fetched again by the recomputation. torch.compile breaks the graph here.
+    of stages and ranks, so the result is repeatable bit for bit. Stages without a visible score run no kernel. Received
+    keys are kept for the backward unless `refetch`; under activation checkpointing they are fetched again by the
+    recomputation in any case. torch.compile breaks the graph here.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    context.agree(f"{_words(q)} for q, {_words(k)} for k, {_words(v)} for v, refetch={refetch}")
     if q.ndim == 4 and q.shape[1] != len(context.rows):
         raise ValueError(
             f"rank {context.rank} owns {len(context.rows)} of {context.num_tokens} positions but q has {q.shape[1]}. "
             "Pass the rank's part: plan.shard(x, rank, dim=1)."
         )
-    validate(q, k, v, context.stages[0].mask)
+    if context.members > 1 and q.ndim == k.ndim == v.ndim == 4:
+        validate(q, k, v, FlashMask.from_lengths([q.shape[1]]).to(q.device))
+        check_heads(q.shape[2], k.shape[2], context.members)
+        stages = context.stages_of(q.shape[2], k.shape[2])
+        q, k, v = (to_heads(x, context) for x in (q, k, v))
+    else:
+        stages = context.stages
+    validate(q, k, v, stages[0].mask)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}.")
-    intervals = max(stage.mask.num_intervals for stage in context.stages)
-    out: Tensor = _Attention.apply(q, k, v, context, scale, resolve_backend(backend, q, v, intervals))
-    return out
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}.")
+    intervals = max(stage.mask.num_intervals for stage in stages)
+    # Left out where it is not asked for, as a backend's other options.
+    options: dict[str, Any] = dict(scale=scale, backend=resolve_backend(backend, q, v, intervals))
+    if softcap is not None:
+        options["softcap"] = float(softcap)
+    out: Tensor = _Attention.apply(q, k, v, stages, context.group, refetch, options)
+    return out if context.members == 1 else to_rows(out, context)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: ContextParallel, scale: float, backend: str
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stages: tuple[Stage, ...],
+        group: dist.ProcessGroup | None,
+        refetch: bool,
+        options: dict[str, Any],
     ) -> Tensor:
         exact = torch.promote_types(q.dtype, torch.float32)
-        stages, group = context.stages, context.group
         received: list[Tensor] = []
-        arriving: Pending | None = None
-        for s, stage in enumerate(stages):
-            if arriving is not None:
-                received.append(arriving.wait())
-            if s + 1 < len(stages):
-                arriving = start_keys(stages[s + 1], k, v, _some(group))
-            if s == 0:
-                out, lse = attention_forward(q, k, v, stage.mask, scale=scale, backend=backend, out_dtype=exact)
-            elif len(stage.columns):
-                k_s, v_s = unpack(received[-1], k.shape[-1])
-                part = attention_forward(q, k_s, v_s, stage.mask, scale=scale, backend=backend, out_dtype=exact)
-                merge_(out, lse, *part)
+        out = lse = None
+        for stage, keys in _arrivals(stages, k, v, group):
+            if keys is not None and not refetch:
+                received.append(keys)
+            if not stage.area:
+                continue
+            k_s, v_s = (k, v) if keys is None else unpack(keys, k.shape[-1])
+            part, part_lse = attention_forward(q, k_s, v_s, stage.mask, out_dtype=exact, **options)
+            if out is None or lse is None:
+                out, lse = part, part_lse
+            else:
+                merge_(out, lse, part, part_lse)
+        if out is None or lse is None:
+            out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=exact)
+            lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=exact)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *received)
-        ctx.context, ctx.scale, ctx.backend = context, scale, backend
+        ctx.stages, ctx.group, ctx.refetch, ctx.options = stages, group, refetch, options
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *received = ctx.saved_tensors
-        context: ContextParallel = ctx.context
+        stages: tuple[Stage, ...] = ctx.stages
         exact = torch.promote_types(q.dtype, torch.float32)
-        delta = attention_delta(out, dout, backend=ctx.backend)
-
-        def gradients(stage: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            mask = context.stages[stage].mask
-            return attention_backward(
-                dout, q, k, v, lse, delta, mask, scale=ctx.scale, backend=ctx.backend, grad_dtype=exact
-            )
-
+        delta = attention_delta(out, dout, backend=ctx.options["backend"])
         dq = torch.zeros_like(q, dtype=exact)
+
+        def gradients(stage: Stage, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            """dk and dv of a stage; its part of dq is added."""
+            if not stage.area:
+                return torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
+            dq_s, dk, dv = attention_backward(dout, q, k, v, lse, delta, stage.mask, grad_dtype=exact, **ctx.options)
+            dq.add_(dq_s)
+            return dk, dv
+
+        # Without refetching there are as many as stages; with it there are none.
+        arrivals: Iterable[tuple[Stage, Tensor]] = zip(stages[1:], received, strict=not ctx.refetch)
+        if ctx.refetch:
+            arrivals = ((stage, keys) for stage, keys in _arrivals(stages, k, v, ctx.group) if keys is not None)
         returning: list[Pending] = []
         # The rank's own keys last: the gradients of the others' travel meanwhile.
-        for s, keys in enumerate(received, start=1):
-            k_s, v_s = unpack(keys, k.shape[-1])
-            if k_s.shape[1]:
-                dq_s, dk_s, dv_s = gradients(s, k_s, v_s)
-                dq += dq_s
-            else:
-                dk_s, dv_s = k_s.to(exact), v_s.to(exact)
-            returning.append(start_gradients(context.stages[s], dk_s, dv_s, _some(context.group)))
-        dq_s, dk_s, dv_s = gradients(0, k, v)
-        dq += dq_s
-        total = pack(dk_s, dv_s)
-        for stage, pending in zip(context.stages[1:], returning, strict=True):
+        for stage, keys in arrivals:
+            dk_s, dv_s = gradients(stage, *unpack(keys, k.shape[-1]))
+            returning.append(start_gradients(stage, dk_s, dv_s, _some(ctx.group)))
+        total = pack(*gradients(stages[0], k, v))
+        for stage, pending in zip(stages[1:], returning, strict=True):
             add_gradients_(total, stage, pending.wait())
         dk, dv = unpack(total, k.shape[-1])
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _arrivals(
+    stages: tuple[Stage, ...], k: Tensor, v: Tensor, group: dist.ProcessGroup | None
+) -> Iterator[tuple[Stage, Tensor | None]]:
+    """Each stage with its packed keys (None in the first, the rank's own), the next stage's already on their way."""
+    arriving: Pending | None = None
+    for s, stage in enumerate(stages):
+        keys = None if arriving is None else arriving.wait()
+        arriving = start_keys(stages[s + 1], k, v, _some(group)) if s + 1 < len(stages) else None
+        yield stage, keys
+
+
+def _words(x: Tensor) -> str:
+    """What of a tensor must be the same on all ranks: all but its rows."""
+    return f"{str(x.dtype).removeprefix('torch.')} {[n if i != 1 else 'T' for i, n in enumerate(x.shape)]}"
 
 
 def _some(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -24,12 +24,14 @@ class ContextParallel:
         plan: the plan, or this rank's part of it (`plan.local(rank, mask)`, made in a loader's worker).
         mask: the global mask; the first of the plan's if not given. None with a rank's part, which has its mask.
         device: where attention will run; the mask's device, or the CPU, if not given.
-        check: compare plan and mask across the ranks, one small collective that waits for all of them. Ranks that
-            disagree would exchange the wrong keys, or hang.
+        check: compare plan and mask across the ranks here, and dtype and shape at the first attention: one small
+            collective each that waits for all ranks, once a batch. Ranks that disagree would exchange the wrong keys,
+            or hang.
 
     Raises:
         ValueError: plan, mask and group do not fit together. With `check` it is raised on every rank if it is raised on
             one, and names the ranks that differ.
+        RuntimeError: a rank is gone, or did not come within the group's timeout.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class ContextParallel:
             problem, identity = error, f"error: {error}"
         if check and group is not None:
             # Before raising our own: the others are waiting, and must raise too.
-            self._compare(identity, group)
+            self._compare(identity, group, "mask or plan")
         if problem is not None:
             raise problem
         if device is None:
@@ -61,8 +63,41 @@ class ContextParallel:
         """N, the length of the whole sequence."""
         self.rows = part.rows
         """int64 `[T]` on the CPU: the rank's positions, ascending."""
+        self.member_counts = part.member_counts
+        """Rows of each member of the rank's ring; see `ShardPlan`."""
         self.stages: tuple[Stage, ...] = tuple(stage.to(device) for stage in part.stages)
-        """What to exchange and what to attend to, on the device."""
+        """What to exchange and what to attend to, on the device; of the whole ring."""
+        self._unchecked = check and group is not None
+        self._of_heads: dict[tuple[int, int], tuple[Stage, ...]] = {}
+
+    @property
+    def members(self) -> int:
+        """Ranks that share rows and split heads: 1 without head parallelism."""
+        return len(self.member_counts)
+
+    def agree(self, inputs: str) -> None:
+        """Compare what goes into attention (dtype and shape, in words) across the ranks, the first time only."""
+        if self._unchecked and self.group is not None:
+            self._unchecked = False
+            self._compare(inputs, self.group, "the inputs of attention")
+
+    def stages_of(self, heads: int, kv_heads: int) -> tuple[Stage, ...]:
+        """The stages under the masks of this member's part of so many heads: the same ones for one mask head."""
+        mask_heads = self.stages[0].mask.heads
+        if self.members == 1 or mask_heads == 1:
+            return self.stages
+        key = (heads, kv_heads)
+        if key not in self._of_heads:
+            if mask_heads not in (heads, kv_heads):
+                raise ValueError(
+                    f"the mask's heads must be 1, {kv_heads} (key/value heads) or {heads} (query heads), got "
+                    f"{mask_heads}."
+                )
+            member = self.rank % self.members
+            width = max(1, mask_heads // self.members)
+            first = member * mask_heads // self.members
+            self._of_heads[key] = tuple(stage.of_heads(first, first + width) for stage in self.stages)
+        return self._of_heads[key]
 
     def _part(self, plan: ShardPlan | RankPlan, mask: FlashMask | None) -> RankPlan:
         if not isinstance(plan, (ShardPlan, RankPlan)):
@@ -78,13 +113,16 @@ class ContextParallel:
             raise ValueError(f"this is rank {self.rank} of the group but the plan is rank {plan.rank}'s part.")
         return plan
 
-    def _compare(self, identity: str, group: dist.ProcessGroup) -> None:
+    def _compare(self, identity: str, group: dist.ProcessGroup, what: str) -> None:
         everyone: list[str] = [""] * self.world_size
         dist.all_gather_object(everyone, identity, group=group)
-        differing = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
+        # What most ranks hold is taken as right; of equally many what the first of them holds.
+        usual = max(everyone, key=everyone.count)
+        differing = [rank for rank, other in enumerate(everyone) if other != usual]
         if differing:
-            told = "; ".join(f"rank {rank}: {everyone[rank]}" for rank in [0, *differing])
+            reference = everyone.index(usual)
+            told = "; ".join(f"rank {rank}: {everyone[rank]}" for rank in [reference, *differing])
             raise ValueError(
-                f"the ranks disagree about mask or plan: {differing} hold another than rank 0 ({told}). Build both "
-                "from the same batch on every rank of the group."
+                f"the ranks disagree about {what}: {differing} hold another than rank {reference} ({told}). Make both "
+                "from the same batch and config on every rank of the group."
             )

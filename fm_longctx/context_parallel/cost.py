@@ -84,6 +84,20 @@ class CostModel:
         """Seconds for exchanges in which a rank sends or receives at most so many bytes; 0 for none."""
         return np.where(num_bytes > 0, self.latency + num_bytes / self.bandwidth, 0.0)
 
+    def trade_heads(self, rows: Floats, members: int) -> Floats:
+        """Seconds in which the members of a ring trade rows for heads of Q, K and V, and heads for rows of the output.
+
+        Args:
+            rows: positions of one member.
+            members: 1 trades nothing.
+        """
+        if members == 1:
+            return 0.0 * rows
+        there = (self.heads + 2 * max(self.kv_heads, members)) * self.head_dim * self.element_bytes
+        back = self.heads * self.head_dim * self.element_bytes
+        away = (members - 1) / members
+        return self.transfer(rows * there * away) + self.transfer(rows * back * away)
+
 
 class Prediction(NamedTuple):
     """Seconds of each rank, float64 `[ranks]`, for one attention layer."""
@@ -116,14 +130,7 @@ def predict_forward(cost: CostModel, scores: Floats, keys: Floats, rows: Floats)
     """
     compute = cost.forward_compute(scores)
     compute[:, 1:] += cost.merge(rows)[:, None] * (scores[:, 1:] > 0)
-    transfers = cost.transfer(keys * cost.forward_key_bytes)
-    arrived = done = np.zeros(len(rows))
-    for s in range(scores.shape[1]):
-        begin = np.maximum(arrived, done)
-        # The next exchange is packed on the stream of the attention, so it starts when this stage does.
-        following = transfers[:, s + 1] if s + 1 < scores.shape[1] else 0.0
-        arrived, done = begin + following, begin + compute[:, s]
-    return Prediction(compute.sum(1), done)
+    return forward_timeline(compute, cost.transfer(keys * cost.forward_key_bytes))
 
 
 def predict_backward(cost: CostModel, scores: Floats, keys: Floats) -> Prediction:
@@ -132,9 +139,25 @@ def predict_backward(cost: CostModel, scores: Floats, keys: Floats) -> Predictio
     Arguments as in `predict_forward`.
     """
     compute = cost.backward_compute(scores)
-    transfers = cost.transfer(keys * cost.backward_key_bytes)
-    arrived = done = np.zeros(len(scores))
-    for s in range(1, scores.shape[1]):
+    return backward_timeline(compute, cost.transfer(keys * cost.backward_key_bytes))
+
+
+def forward_timeline(compute: Floats, transfers: Floats) -> Prediction:
+    """When each rank is done, from the seconds of each stage's attention and of the exchange before it, `[ranks,
+    stages]` each."""
+    arrived = done = np.zeros(len(compute))
+    for s in range(compute.shape[1]):
+        begin = np.maximum(arrived, done)
+        # The next exchange is packed on the stream of the attention, so it starts when this stage does.
+        following = transfers[:, s + 1] if s + 1 < compute.shape[1] else 0.0
+        arrived, done = begin + following, begin + compute[:, s]
+    return Prediction(compute.sum(1), done)
+
+
+def backward_timeline(compute: Floats, transfers: Floats) -> Prediction:
+    """As `forward_timeline`, of the backward: each exchange follows its stage, and the rank's own keys come last."""
+    arrived = done = np.zeros(len(compute))
+    for s in range(1, compute.shape[1]):
         done = done + compute[:, s]
         arrived = np.maximum(arrived, done) + transfers[:, s]
     return Prediction(compute.sum(1), np.maximum(arrived, done + compute[:, 0]))

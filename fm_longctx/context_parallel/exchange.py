@@ -19,22 +19,55 @@ from fm_longctx.context_parallel.stages import Stage
 
 
 class Pending:
-    """An all-to-all under way. What it sends and receives is held until `wait`."""
+    """An all-to-all under way. What it sends and receives is held until `wait`.
+
+    gloo moves CPU memory only: tensors on a GPU go through pinned host buffers. That lets several ranks share one GPU,
+    which NCCL does not, and blocks the host; it is for tests, not for speed.
+    """
 
     def __init__(
         self, sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup
     ) -> None:
+        self.device = sent.device
+        self.staged = needs_host(sent.device, group)
+        if self.staged:
+            sent = _to_host(sent)
         self.sent: Tensor | None = sent
-        self.received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
+        self.received = _empty_like(sent, sum(receive_counts), pin=self.staged)
         self.work = dist.all_to_all_single(
             self.received, sent, list(receive_counts), list(send_counts), group=group, async_op=True
         )
 
     def wait(self) -> Tensor:
-        """`[sum of receive_counts, ...]`, by source rank. On a GPU the current stream waits, not the host."""
+        """`[sum of receive_counts, ...]`, by source rank. On a GPU the current stream waits, not the host.
+
+        Raises:
+            RuntimeError: a rank is gone, or did not come within the group's timeout. With NCCL it is the watchdog that
+                ends the process.
+        """
         self.work.wait()
         self.sent = None
-        return self.received
+        return self.received.to(self.device, non_blocking=True) if self.staged else self.received
+
+
+def needs_host(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Whether the group's backend for this device is gloo, and the device is not a CPU."""
+    if device.type == "cpu":
+        return False
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get(device.type) == "gloo"
+
+
+def _to_host(x: Tensor) -> Tensor:
+    host = _empty_like(x, len(x), pin=True)
+    host.copy_(x)
+    return host
+
+
+def _empty_like(x: Tensor, length: int, *, pin: bool) -> Tensor:
+    if pin:
+        return torch.empty((length, *x.shape[1:]), dtype=x.dtype, pin_memory=torch.cuda.is_available())
+    return x.new_empty((length, *x.shape[1:]))
 
 
 def start_keys(stage: Stage, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Pending:

@@ -50,8 +50,10 @@ def rank_stages(
 
 
 def _stage(mask: FlashMask, rows: Ints, columns: Ints, received: Sequence[Ints], sent: Sequence[Ints]) -> Stage:
+    local = mask.select(torch.from_numpy(rows), torch.from_numpy(columns))
     return Stage(
-        mask=mask.select(torch.from_numpy(rows), torch.from_numpy(columns)),
+        mask=local,
+        area=int(local.area().sum()),
         columns=torch.from_numpy(columns),
         receive_counts=tuple(len(r) for r in received),
         send_counts=tuple(len(s) for s in sent),

@@ -7,20 +7,17 @@ from torch import Tensor
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge a part into `out` and `lse`, in place.
+    """Merge a part into `out` and `lse`, in place: one pass that reads both outputs and writes one.
 
     Args:
         out, part: `[B, N, H, D_v]`, float32 or float64: each the softmax average over its own keys.
         lse, part_lse: `[B, H, N]`, natural log-sum-exp over the same keys; -inf, with an average of 0, where a row sees
             none of them.
 
-    A row that sees no key in either stays 0 and -inf: the weights are then taken as 0, because -inf - (-inf) is NaN.
+    out + (part - out) w with w = sigmoid(part_lse - lse), the part's share of the sum: no weight is ever above 1, and
+    an average that both parts share stays itself. A row that sees no key in either stays 0 and -inf, where -inf - -inf
+    would be NaN.
     """
-    total = torch.logaddexp(lse, part_lse)
-    reference = total.masked_fill(total == -torch.inf, 0.0)
-    out.mul_(_per_row(torch.exp(lse - reference))).addcmul_(part, _per_row(torch.exp(part_lse - reference)))
-    lse.copy_(total)
-
-
-def _per_row(weight: Tensor) -> Tensor:
-    return weight.transpose(1, 2).unsqueeze(-1)
+    share = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)
+    torch.lerp(out, part, share.transpose(1, 2).unsqueeze(-1), out=out)
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -16,7 +16,7 @@ from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.coverage import Ints
 from fm_longctx.context_parallel.layout import choose_layout, choose_stages, received_floor
 from fm_longctx.context_parallel.local import exchange_tables, rank_stages
-from fm_longctx.context_parallel.stages import RankPlan
+from fm_longctx.context_parallel.stages import RankPlan, member_counts
 from fm_longctx.mask.flash_mask import FlashMask
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ class ShardPlan:
     the later stages, chosen by (destination - source) modulo the world size: with `num_stages` 2 all at once, with
     `num_stages` equal to the world size one neighbour after the other, as in a ring.
 
-    With `head_parallel` u the group has world_size x u ranks: u neighbours hold the plan's rank together, each its part
-    of the rows, and exchange heads for rows around each attention (Ulysses). The plan itself is that of `world_size`.
+    With `head_parallel` u the layout is one over world_size / u *rings*, each of u neighbouring ranks: rank r is member
+    r % u of ring r // u. The members share the ring's rows, a run each, and trade rows for heads before and after
+    attention (Ulysses), so that each attends to all rows of the ring with its part of the heads. Keys travel between
+    the members of like number: whatever is said of ranks and stages below holds for rings.
 
     Build it with `ShardPlan.build`. It is a pure function of its arguments, so every rank can build it alone.
 
@@ -54,10 +56,11 @@ class ShardPlan:
     """int64 `[chunks + 1]`: chunk c is the positions `[bounds[c], bounds[c + 1])`."""
 
     owners: Tensor
-    """int64 `[chunks]`: the rank of each chunk."""
+    """int64 `[chunks]`: the ring of each chunk; its rank, without head parallelism."""
 
     areas: tuple[int, ...]
-    """Unmasked scores of each rank, summed over masks (times their weights), batch and mask heads."""
+    """Unmasked scores of each rank (of its ring, for its part of the heads), summed over masks (times their weights),
+    batch and mask heads."""
 
     masks: tuple[FlashMask, ...]
     """The masks that the layout was balanced for, on the CPU."""
@@ -66,6 +69,8 @@ class ShardPlan:
     """How often each mask counts."""
 
     strategy: str
+
+    head_parallel: int
 
     cost: CostModel
     """What the layout and the stages were chosen by."""
@@ -80,6 +85,7 @@ class ShardPlan:
         chunk_size: int | None = None,
         num_stages: int | None = None,
         weights: Sequence[int] | None = None,
+        head_parallel: int = 1,
         cost: CostModel | None = None,
     ) -> ShardPlan:
         """Plan self-attention of N positions over `world_size` ranks. Deterministic.
@@ -96,6 +102,7 @@ class ShardPlan:
             num_stages: 2..world_size; more stages overlap more of the exchange with attention, in smaller messages.
                 Chosen by the cost model if not given. With one rank there is only stage 0.
             weights: how often each mask counts (its number of layers), integers >= 1; once each if not given.
+            head_parallel: u, ranks that share rows by splitting heads; divides world_size.
             cost: kernel rate, link and layer shape; `CostModel()` if not given.
 
         Raises:
@@ -103,22 +110,23 @@ class ShardPlan:
         """
         masks = (mask,) if isinstance(mask, FlashMask) else tuple(mask)
         _check_masks(masks)
-        _check_numbers(world_size, chunk_size, num_stages)
+        _check_numbers(world_size, chunk_size, num_stages, head_parallel)
         if weights is None:
             weights = (1,) * len(masks)
         elif len(weights) != len(masks) or not all(type(w) is int and w >= 1 for w in weights):
             raise ValueError(f"weights must be {len(masks)} integers >= 1, one for each mask, got {list(weights)}.")
         masks, cost = tuple(m.to("cpu") for m in masks), cost or CostModel()
-        layout = choose_layout(masks, weights, world_size, strategy, chunk_size, cost)
+        layout = choose_layout(masks, weights, world_size // head_parallel, strategy, chunk_size, cost)
         return cls(
             world_size=world_size,
             num_stages=choose_stages(layout, cost) if num_stages is None else num_stages,
             bounds=torch.from_numpy(layout.bounds),
             owners=torch.from_numpy(layout.owners),
-            areas=tuple(layout.areas.tolist()),
+            areas=tuple(layout.areas.repeat(head_parallel).tolist()),
             masks=masks,
             weights=tuple(weights),
             strategy=strategy,
+            head_parallel=head_parallel,
             cost=cost,
         )
 
@@ -132,8 +140,16 @@ class ShardPlan:
     def rows(self, rank: int) -> Tensor:
         """The positions of a rank, ascending, int64 `[T]` on the CPU. Over the ranks they partition `range(N)`."""
         self._check_rank(rank)
+        ring, member = divmod(rank, self.head_parallel)
         sources = np.repeat(self.owners.numpy(), np.diff(self.bounds.numpy()))
-        return torch.from_numpy(np.flatnonzero(sources == rank))
+        rows = np.flatnonzero(sources == ring)
+        counts = member_counts(len(rows), self.head_parallel)
+        return torch.from_numpy(rows).split(counts)[member]
+
+    @property
+    def rings(self) -> int:
+        """Groups of ranks that share rows: the world size, without head parallelism."""
+        return self.world_size // self.head_parallel
 
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
         """A rank's part of a global tensor whose `dim` is positions; on x's device."""
@@ -168,15 +184,15 @@ class ShardPlan:
         """
         self._check_rank(rank)
         mask = self._square(mask)
-        rows, stages = rank_stages(
-            mask, self.bounds.numpy(), self.owners.numpy(), rank, self.world_size, self.num_stages
-        )
+        ring, member = divmod(rank, self.head_parallel)
+        rows, stages = rank_stages(mask, self.bounds.numpy(), self.owners.numpy(), ring, self.rings, self.num_stages)
         return RankPlan(
             rank=rank,
             world_size=self.world_size,
             num_tokens=self.num_tokens,
-            rows=torch.from_numpy(rows),
-            stages=stages,
+            rows=self.rows(rank),
+            member_counts=member_counts(len(rows), self.head_parallel),
+            stages=tuple(stage.between_members(member, self.head_parallel) for stage in stages),
             fingerprint=_digest(self.fingerprint(), mask.fingerprint()),
         )
 
@@ -196,9 +212,12 @@ class ShardPlan:
 
     @cached_property
     def received_fraction(self) -> float:
-        """Keys that a rank receives over those that an all-gather brings it, mean over ranks and masks; 0.0 if none."""
+        """Keys that a rank receives over those that an all-gather brings it, mean over ranks and masks; 0.0 if none.
+
+        Both of the ring's part of the heads; what rows and heads are traded for is not in it.
+        """
         fractions = []
-        rows = np.bincount(self.owners.numpy(), np.diff(self.bounds.numpy()), self.world_size)
+        rows = np.bincount(self.owners.numpy(), np.diff(self.bounds.numpy()), self.rings)
         for _, keys in self.tables:
             remote = keys.sum(1) - keys.diagonal()
             fractions.append(float((remote / np.maximum(self.num_tokens - rows, 1)).mean()))
@@ -206,13 +225,13 @@ class ShardPlan:
 
     @cached_property
     def tables(self) -> tuple[tuple[Ints, Ints], ...]:
-        """For each mask `exchange_tables`: scores and keys of each pair of ranks, exact."""
+        """For each mask `exchange_tables`: scores and keys of each pair of rings, exact."""
         bounds, owners = self.bounds.numpy(), self.owners.numpy()
-        return tuple(exchange_tables(mask, bounds, owners, self.world_size) for mask in self.masks)
+        return tuple(exchange_tables(mask, bounds, owners, self.rings) for mask in self.masks)
 
     def floor(self, tolerance: float = 0.02) -> float:
         """What any layout must receive whose area is even to the tolerance, as `received_fraction`: a lower bound."""
-        return received_floor(self.masks, self.weights, self.world_size, tolerance)
+        return received_floor(self.masks, self.weights, self.rings, tolerance)
 
     def report(self) -> PlanReport:
         """Balance, traffic and predicted time of every rank; print it, or draw it with `report().draw(path)`."""
@@ -222,7 +241,7 @@ class ShardPlan:
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits; equal for equal plans of equal masks."""
-        layout = (self.world_size, self.num_stages, self.bounds.tolist(), self.owners.tolist())
+        layout = (self.world_size, self.head_parallel, self.num_stages, self.bounds.tolist(), self.owners.tolist())
         return _digest(repr(layout), *(mask.fingerprint() for mask in self.masks))
 
     # Within
@@ -260,18 +279,19 @@ def _check_masks(masks: Sequence[FlashMask]) -> None:
             )
 
 
-def _check_numbers(world_size: int, chunk_size: int | None, num_stages: int | None) -> None:
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+def _check_numbers(world_size: int, chunk_size: int | None, num_stages: int | None, head_parallel: int) -> None:
+    if type(world_size) is not int or world_size < 1:
         raise ValueError(f"world_size must be an integer >= 1, got {world_size!r}.")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+    if type(head_parallel) is not int or head_parallel < 1 or world_size % head_parallel:
+        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        raise ValueError(f"head_parallel must divide the {world_size} ranks: one of {divisors}, got {head_parallel!r}.")
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size must be an integer >= 1 or None to let the plan choose, got {chunk_size!r}.")
-    lowest = min(2, world_size)
-    if num_stages is not None and (
-        isinstance(num_stages, bool) or not isinstance(num_stages, int) or not lowest <= num_stages <= world_size
-    ):
-        raise ValueError(
-            f"num_stages must be an integer in {lowest}..{world_size} for {world_size} ranks, got {num_stages!r}."
-        )
+    rings = world_size // head_parallel
+    lowest = min(2, rings)
+    if num_stages is not None and (type(num_stages) is not int or not lowest <= num_stages <= rings):
+        what = "ranks" if head_parallel == 1 else f"rings of {head_parallel} ranks"
+        raise ValueError(f"num_stages must be an integer in {lowest}..{rings} for {rings} {what}, got {num_stages!r}.")
 
 
 def _digest(*parts: str) -> str:

@@ -27,16 +27,17 @@ class PlanReport:
     """Counts are exact; times are predictions of the plan's `CostModel` for one attention layer.
 
     With several masks everything is the mean over them by their weights: one layer of the average kind. Areas are those
-    of one query head, keys and bytes those of the whole batch.
+    of one query head, keys and bytes those of the whole batch. With head parallelism a row is a ring: the numbers are
+    those of each of its members, and times include trading rows for heads, which nothing hides.
     """
 
     plan: ShardPlan
     scores: Floats
-    """`[ranks, stages]`: unmasked scores of one query head."""
+    """`[rings, stages]`: unmasked scores of one query head, over the members that split the heads."""
     received: Floats
-    """`[ranks, stages]`: bytes of keys and values that arrive."""
+    """`[rings, stages]`: bytes of keys and values that arrive."""
     sent: Floats
-    """`[ranks, stages]`: bytes of keys and values that leave. Gradients travel the other way, wider."""
+    """`[rings, stages]`: bytes of keys and values that leave. Gradients travel the other way, wider."""
     floor: float
     """Keys that any layout of equal shares with at most 2% imbalance must receive, over an all-gather's."""
     forward: Prediction
@@ -45,25 +46,28 @@ class PlanReport:
     @classmethod
     def of(cls, plan: ShardPlan) -> PlanReport:
         """The report of a plan: `plan.report()`."""
-        ranks, cost = plan.world_size, plan.cost
+        ranks, cost, heads = plan.rings, plan.cost, plan.head_parallel
         total = sum(plan.weights)
         scores, keys = np.zeros((ranks, ranks)), np.zeros((ranks, ranks))
         for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
-            scores += area * (weight / total / mask.heads)
-            keys += seen * (weight / total * mask.batch)
+            scores += area * (weight / total / mask.heads / heads)
+            keys += seen * (weight / total * mask.batch / heads)
         np.fill_diagonal(keys, 0)
         computed, busier = stage_tables(scores, keys, plan.num_stages)
         received = stage_tables(scores, keys, plan.num_stages, direction="received")[1]
         sent = stage_tables(scores, keys, plan.num_stages, direction="sent")[1]
-        rows = np.array([len(plan.rows(rank)) for rank in range(ranks)], dtype=np.float64)
+        rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
+        trade = cost.trade_heads(rows / heads, heads)
+        forward = predict_forward(cost, computed, busier, rows / heads)
+        backward = predict_backward(cost, computed, busier)
         return cls(
             plan=plan,
             scores=computed,
             received=received * cost.forward_key_bytes,
             sent=sent * cost.forward_key_bytes,
             floor=plan.floor(),
-            forward=predict_forward(cost, computed, busier, rows),
-            backward=predict_backward(cost, computed, busier),
+            forward=forward._replace(total=forward.total + trade),
+            backward=backward._replace(total=backward.total + trade),
         )
 
     @property
@@ -74,10 +78,12 @@ class PlanReport:
 
     def __str__(self) -> str:
         plan, ideal = self.plan, self.ideal
-        rows = [len(plan.rows(rank)) for rank in range(plan.world_size)]
-        chunks = np.bincount(plan.owners.numpy(), minlength=plan.world_size)
+        rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), plan.rings).astype(np.int64)
+        chunks = np.bincount(plan.owners.numpy(), minlength=plan.rings)
+        what = "rank" if plan.head_parallel == 1 else "ring"
+        shared = "" if plan.head_parallel == 1 else f" in rings of {plan.head_parallel} that split the heads"
         lines = [
-            f"{plan.num_tokens:,} tokens over {plan.world_size} ranks, strategy {plan.strategy}, "
+            f"{plan.num_tokens:,} tokens over {plan.world_size} ranks{shared}, strategy {plan.strategy}, "
             f"{plan.num_stages} stages",
             f"imbalance (max/mean area)      {plan.imbalance:.3f}",
             f"keys received, of all-gather   {plan.received_fraction:.3f} on average "
@@ -87,18 +93,18 @@ class PlanReport:
             _times("forward", self.forward, ideal[0]),
             _times("backward", self.backward, ideal[1]),
             "",
-            f"{'rank':>6} {'rows':>9} {'runs':>5} {'area':>7}  {'received by stage':<26} {'sent by stage':<26} "
+            f"{what:>6} {'rows':>9} {'runs':>5} {'area':>7}  {'received by stage':<26} {'sent by stage':<26} "
             f"{'forward':>9} {'waits':>9}",
         ]
-        mean = max(1e-30, self.scores.sum() / plan.world_size)
+        mean = max(1e-30, self.scores.sum() / plan.rings)
         for rank in self._listed():
             lines.append(
                 f"{rank:>6} {rows[rank]:>9,} {chunks[rank]:>5} {self.scores[rank].sum() / mean:>7.3f}  "
                 f"{_stages(self.received[rank, 1:]):<26} {_stages(self.sent[rank, 1:]):<26} "
                 f"{_ms(self.forward.total[rank]):>9} {_ms(self.forward.exposed[rank]):>9}"
             )
-        if plan.world_size > _MOST_LISTED:
-            lines.append(f"(of {plan.world_size} ranks: the largest, the median and the smallest by time)")
+        if plan.rings > _MOST_LISTED:
+            lines.append(f"(of {plan.rings} {what}s: the largest, the median and the smallest by time)")
         lines.append("Counts are exact; times are modelled, one layer, by " + str(plan.cost))
         return "\n".join(lines)
 
@@ -122,8 +128,8 @@ class PlanReport:
         from matplotlib.figure import Figure
 
         plan = self.plan
-        ranks = np.arange(plan.world_size)
-        colours = palette(plan.world_size)
+        ranks = np.arange(plan.rings)
+        colours = palette(plan.rings)
         owner = np.repeat(plan.owners.numpy(), np.diff(plan.bounds.numpy()))
         block = 1 << max(0, math.ceil(math.log2(max(1, plan.num_tokens) / MAX_CELLS)))
         image = cell_colours(visible_share(plan.masks[0], block), colours[rank_of_block(owner, block)])
@@ -134,15 +140,15 @@ class PlanReport:
             mask_axes.imshow(image, extent=(0, n, n, 0), interpolation="nearest", aspect="auto")
         mask_axes.set(xlabel="column (key)", ylabel="row (query), in its rank's colour")
         mask_axes.set_title(f"{plan.num_tokens:,} tokens, {plan.world_size} ranks, {plan.strategy}", fontsize=10)
-        mean = max(1e-30, self.scores.sum() / plan.world_size)
+        mean = max(1e-30, self.scores.sum() / plan.rings)
         load_axes.barh(ranks, self.scores.sum(1) / mean, color=colours)
         load_axes.axvline(1.0, color="#444444", linewidth=0.8, linestyle="--")
         load_axes.set_title(f"area / mean, at most {plan.imbalance:.3f}", fontsize=10)
         traffic_axes.barh(ranks, self.received.sum(1) / 2**20, color=colours)
         traffic_axes.set_title("MiB received, forward", fontsize=10)
         for axes in (load_axes, traffic_axes):
-            axes.set_ylim(plan.world_size - 0.4, -0.6)
-            axes.set_ylabel("rank")
+            axes.set_ylim(plan.rings - 0.4, -0.6)
+            axes.set_ylabel("rank" if plan.head_parallel == 1 else "ring")
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
         return figure

@@ -29,6 +29,30 @@ class Stage:
     send_rows: Tensor
     """int64 `[sum of send_counts]`: which of the rank's own keys (local positions), destination after destination."""
 
+    area: int
+    """Unmasked scores of `mask`: a stage without any launches nothing."""
+
+    def between_members(self, member: int, members: int) -> Stage:
+        """The stage of one member of a ring of several: its peers are the members of like number."""
+        if members == 1:
+            return self
+
+        def spread(counts: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(count if m == member else 0 for count in counts for m in range(members))
+
+        return replace(self, receive_counts=spread(self.receive_counts), send_counts=spread(self.send_counts))
+
+    def of_heads(self, first: int, last: int) -> Stage:
+        """The stage under the mask heads `[first, last)`."""
+        mask = self.mask
+        part = FlashMask.from_canonical(
+            mask.starts[:, first:last].contiguous(),
+            mask.ends[:, first:last].contiguous(),
+            causal=mask.causal,
+            num_rows=mask.num_rows,
+        )
+        return replace(self, mask=part)
+
     def to(self, device: torch.device | str) -> Stage:
         """The same stage with its mask and its indices on a device."""
         return replace(
@@ -52,7 +76,16 @@ class RankPlan:
     rows: Tensor
     """int64 `[T]`: the rank's positions, ascending."""
 
+    member_counts: tuple[int, ...]
+    """Positions of each rank of its ring, in order: one number, T, without head parallelism. The stages' rows are
+    those of the whole ring."""
+
     stages: tuple[Stage, ...]
 
     fingerprint: str
     """Of plan and mask; the same on every rank that will work together."""
+
+
+def member_counts(rows: int, members: int) -> tuple[int, ...]:
+    """How a ring's rows are shared by its members: ceil for the first ones, floor for the rest."""
+    return tuple(rows // members + (m < rows % members) for m in range(members))

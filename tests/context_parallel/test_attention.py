@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import cases
 from fm_longctx import ContextParallel, FlashMask, ShardPlan, context_parallel_attention
+from fm_longctx.context_parallel import attention as module
+from fm_longctx.context_parallel import exchange
 from fm_longctx.mask import builders
 from tests.attention.oracle import Result, assert_within_budget, dense_attention, gradients, random_inputs
 from tests.distributed import run_ranks
@@ -22,7 +24,7 @@ def visible_by_rule(case, n):
     return case.visible(index[:, None], index[None, :])[None, None]
 
 
-def run_attention(masks, inputs, *, recompute=False, in_worker=False, backend=None, **options):
+def run_attention(masks, inputs, *, recompute=False, in_worker=False, backend=None, refetch=False, **options):
     """On one rank: its rows, and for each mask out, dq, dk, dv of its part of the inputs (q, k, v, dout)."""
     group, rank = dist.group.WORLD, dist.get_rank()
     results = []
@@ -33,7 +35,7 @@ def run_attention(masks, inputs, *, recompute=False, in_worker=False, backend=No
         q, k, v = (x.requires_grad_() for x in (q, k, v))
 
         def attend(q, k, v, context=context):
-            return context_parallel_attention(q, k, v, context, backend=backend)
+            return context_parallel_attention(q, k, v, context, backend=backend, refetch=refetch)
 
         out = checkpoint(attend, q, k, v, use_reentrant=False) if recompute else attend(q, k, v)
         out.backward(dout)
@@ -153,7 +155,7 @@ def test_recomputation_and_repetition_change_no_bit():
     inputs = make_inputs(heads=4, kv_heads=2, d=8, dtype=torch.float32)
     mask = builders.document([50, 51])
     (once,) = assembled(run_ranks(3, run_attention, [mask], inputs, num_stages=3))
-    for options in ({}, {"recompute": True}, {"in_worker": True}):
+    for options in ({}, {"recompute": True}, {"in_worker": True}, {"refetch": True}):
         (again,) = assembled(run_ranks(3, run_attention, [mask], inputs, num_stages=3, **options))
         assert all(a.equal(b) for a, b in zip(once, again, strict=True))
 
@@ -174,6 +176,150 @@ def test_packed_equals_separate(causal):
     ]
     for i in (0, 2, 3, 4):
         torch.testing.assert_close(packed[i], torch.cat([part[i] for part in parts], dim=1), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "world_size, head_parallel, heads, kv_heads",
+    [(2, 2, 4, 2), (4, 2, 4, 2), (4, 4, 4, 2), (6, 2, 4, 1), (6, 3, 6, 3), (6, 6, 6, 2)],
+)
+def test_heads_and_rows_are_shared_by_a_mesh(world_size, head_parallel, heads, kv_heads):
+    """Ulysses x ring: more members than key/value heads, uneven runs of rows, masks of several heads."""
+    n = 41
+    inputs = make_inputs(n=n, batch=2, heads=heads, kv_heads=kv_heads, d=8, d_v=6)
+    generator = torch.Generator().manual_seed(world_size)
+    masks, visibles = [], []
+    for mask_heads in sorted({kv_heads, heads}):
+        visible = torch.rand(2, mask_heads, n, n, generator=generator) < 0.3
+        visible[:, :, 30] = False
+        visibles.append(visible)
+        masks.append(FlashMask.from_dense(visible, max_intervals=n))
+    masks.append(builders.prefix_tree([-1, 0, 1, 1, 0], [14, 10, 3, 5, 9]))
+    visibles.append(masks[-1].to_dense())
+    by_rank = run_ranks(world_size, run_attention, masks, inputs, head_parallel=head_parallel, timeout=200)
+    for visible, result in zip(visibles, assembled(by_rank), strict=True):
+        assert_equal_to_dense(result, inputs, visible)
+
+
+@pytest.mark.parametrize("world_size", [5, 6, 7, 8])
+def test_more_ranks(world_size):
+    inputs = make_inputs(heads=2, kv_heads=1, d=8)
+    masks = [builders.causal_document([37, 11, 53]), builders.global_sliding_window(LENGTH, 5, 9)]
+    by_rank = run_ranks(world_size, run_attention, masks, inputs, chunk_size=4, num_stages=3, timeout=200)
+    for mask, result in zip(masks, assembled(by_rank), strict=True):
+        assert_equal_to_dense(result, inputs, mask.to_dense())
+
+
+@pytest.mark.parametrize("strategy", ["zigzag", "contiguous"])
+def test_every_strategy(strategy):
+    inputs = make_inputs(heads=2, kv_heads=1, d=8)
+    mask = builders.document([50, 51])
+    (result,) = assembled(run_ranks(3, run_attention, [mask], inputs, strategy=strategy, num_stages=3))
+    assert_equal_to_dense(result, inputs, mask.to_dense())
+
+
+TREE = ([-1, 0, 1, 1, 0, 4], [30, 14, 9, 21, 16, 11])
+
+
+def test_branches_of_a_prefix_tree_equal_their_own_sequences():
+    """Each leaf with its ancestors, alone in one process, gives the leaf's rows of the packed tree over three ranks."""
+    parents, lengths = TREE
+    inputs = make_inputs(heads=2, kv_heads=1, d=8)
+    (tree,) = assembled(run_ranks(3, run_attention, [builders.prefix_tree(parents, lengths)], inputs, chunk_size=5))
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    for node in range(len(parents)):
+        path, at = [], node
+        while at >= 0:
+            path.insert(0, at)
+            at = parents[at]
+        index = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in path])
+        q, k, v, _ = (x[:, index].double() for x in inputs)
+        n = len(index)
+        alone = dense_attention(q, k, v, torch.ones(1, 1, n, n).tril().bool(), 1 / math.sqrt(8))[0]
+        own = slice(n - lengths[node], n)
+        torch.testing.assert_close(tree.out[:, index[own]], alone[:, own], rtol=1e-11, atol=1e-11)
+
+
+def calls_of_kernels(mask, **options):
+    """How many forward and backward passes a rank launches."""
+    counts = [0, 0]
+    names = ("attention_forward", "attention_backward")
+    originals = [getattr(module, name) for name in names]
+
+    def watch(i):
+        def watched(*args, **kwargs):
+            counts[i] += 1
+            return originals[i](*args, **kwargs)
+
+        return watched
+
+    try:
+        for i, name in enumerate(names):
+            setattr(module, name, watch(i))
+        run_attention([mask], make_inputs(heads=1, d=8), **options)
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            setattr(module, name, original)
+    return counts
+
+
+def test_stages_without_a_visible_score_launch_nothing():
+    # Each rank's document ends where its rows end: three stages, of which only the first has anything.
+    separate = builders.document([34, 34, 33])
+    assert run_ranks(3, calls_of_kernels, separate, strategy="contiguous", num_stages=3) == [[1, 1]] * 3
+    full = builders.full(LENGTH)
+    assert run_ranks(3, calls_of_kernels, full, strategy="contiguous", num_stages=3) == [[3, 3]] * 3
+
+
+def with_softcap():
+    """Passed on to the passes only if it is asked for."""
+    group, mask = dist.group.WORLD, builders.causal(20)
+    context = ContextParallel(group, ShardPlan.build(mask, 2), mask)
+    q = torch.randn(1, 10, 2, 8)
+    seen = []
+    original = module.attention_forward
+
+    def watched(*args, softcap=None, **kwargs):
+        seen.append(softcap)
+        return original(*args, **kwargs)
+
+    module.attention_forward = watched
+    try:
+        context_parallel_attention(q, q, q, context)
+        context_parallel_attention(q, q, q, context, softcap=30.0)
+    finally:
+        module.attention_forward = original
+    return seen
+
+
+def test_softcap_reaches_every_stage():
+    for seen in run_ranks(2, with_softcap):
+        half = len(seen) // 2
+        assert half >= 1 and seen == [None] * half + [30.0] * half
+
+
+def through_the_host(mask, inputs):
+    """As on a GPU whose group has gloo only: every exchange through a host copy."""
+    original, exchange.needs_host = exchange.needs_host, lambda device, group: True
+    try:
+        return run_attention([mask], inputs)
+    finally:
+        exchange.needs_host = original
+
+
+def test_exchanges_staged_through_the_host_are_the_same():
+    inputs = make_inputs(heads=2, kv_heads=1, d=8)
+    mask = builders.causal_document([50, 51])
+    (staged,) = assembled(run_ranks(2, through_the_host, mask, inputs))
+    assert_equal_to_dense(staged, inputs, mask.to_dense())
+
+
+def which_need_the_host():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    return exchange.needs_host(cpu, dist.group.WORLD), exchange.needs_host(cuda, dist.group.WORLD)
+
+
+def test_gloo_needs_the_host_for_a_gpu():
+    assert run_ranks(1, which_need_the_host) == [(False, True)]
 
 
 def count_keys(mask):

@@ -1,12 +1,17 @@
 """ContextParallel: what fits together, and loud failure on every rank where it does not."""
 
+import datetime
+import os
+import signal
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention
 from fm_longctx.mask import builders
-from tests.distributed import run_ranks
+from tests.distributed import RankError, run_ranks
 
 
 def failure_of(make):
@@ -29,19 +34,19 @@ def hold_other_masks(differing):
 
 @pytest.mark.parametrize("differing", [[1], [2], [0, 1]])
 def test_ranks_with_different_masks_all_raise(differing):
-    messages = run_ranks(3, hold_other_masks, differing, timeout=20)
+    messages = run_ranks(3, hold_other_masks, differing, timeout=120)
     named = [2] if differing == [0, 1] else differing
     assert all(f"disagree about mask or plan: {named} hold another than rank 0" in message for message in messages)
 
 
 def hold_other_plans():
     mask = builders.causal(51)
-    plan = ShardPlan.build(mask, 2, chunk_size=3 + dist.get_rank())
+    plan = ShardPlan.build(mask, 2, strategy=("zigzag", "contiguous")[dist.get_rank()])
     return failure_of(lambda: ContextParallel(dist.group.WORLD, plan, mask))
 
 
 def test_ranks_with_different_plans_all_raise():
-    assert all("disagree" in message for message in run_ranks(2, hold_other_plans, timeout=20))
+    assert all("disagree" in message for message in run_ranks(2, hold_other_plans, timeout=120))
 
 
 def fail_on_one_rank():
@@ -52,8 +57,87 @@ def fail_on_one_rank():
 
 
 def test_an_error_of_one_rank_is_an_error_of_all():
-    messages = run_ranks(2, fail_on_one_rank, timeout=20)
+    messages = run_ranks(2, fail_on_one_rank, timeout=120)
     assert all("rank 1" in message and "rank 0's part" in message for message in messages)
+
+
+def attend_in_other_dtypes(check):
+    mask = builders.causal(20)
+    context = ContextParallel(dist.group.WORLD, ShardPlan.build(mask, 3), mask, check=check)
+    q = torch.randn(1, len(context.rows), 2, 8, dtype=torch.float64 if dist.get_rank() == 0 else torch.float32)
+    return failure_of(lambda: context_parallel_attention(q, q, q, context))
+
+
+def test_ranks_with_different_dtypes_all_raise_and_name_the_odd_one():
+    """Rank 0 is the odd one: what most hold is taken as right."""
+    for message in run_ranks(3, attend_in_other_dtypes, True, timeout=120):
+        assert "disagree about the inputs of attention: [0] hold another than rank 1" in message
+        assert "float64" in message and "float32" in message
+
+
+def count_comparisons():
+    calls = []
+    gather = dist.all_gather_object
+
+    def watched(*args, **kwargs):
+        calls.append(args)
+        gather(*args, **kwargs)
+
+    dist.all_gather_object = watched
+    try:
+        mask = builders.causal(20)
+        context = ContextParallel(dist.group.WORLD, ShardPlan.build(mask, 2), mask)
+        q = torch.randn(1, 10, 2, 8)
+        for _ in range(3):
+            context_parallel_attention(q, q, q, context)
+    finally:
+        dist.all_gather_object = gather
+    return len(calls)
+
+
+def test_comparing_is_once_a_batch_not_once_a_layer():
+    assert run_ranks(2, count_comparisons) == [2, 2]
+
+
+def die_before(what):
+    mask = builders.causal(20)
+    context = ContextParallel(dist.group.WORLD, ShardPlan.build(mask, 3), mask, check=what == "check")
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    q = torch.randn(1, len(context.rows), 2, 8)
+    context_parallel_attention(q, q, q, context)
+
+
+@pytest.mark.parametrize("what", ["check", "exchange"])
+def test_a_rank_that_is_killed_is_an_error_of_the_others(what):
+    with pytest.raises(RankError) as error:
+        run_ranks(3, die_before, what, timeout=120)
+    said = str(error.value).split("--- rank ")[1:]
+    assert [part[0] for part in said] == ["0", "1", "2"] and "the process died" in said[1]
+    assert all("Error" in part and "no answer in time" not in part for part in (said[0], said[2]))
+
+
+def come_late():
+    """Rank 1 never starts the exchange: the others' wait ends with the group's timeout."""
+    mask = builders.causal(20)
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    context = ContextParallel(group, ShardPlan.build(mask, 2), mask)
+    message = None
+    if dist.get_rank() == 0:
+        q = torch.randn(1, 10, 2, 8)
+        try:
+            context._unchecked = False
+            context_parallel_attention(q, q, q, context)
+        except RuntimeError as error:
+            message = str(error)
+    else:
+        time.sleep(4)
+    return message
+
+
+def test_a_rank_that_does_not_come_is_an_error_after_the_timeout():
+    message, _ = run_ranks(2, come_late, timeout=120)
+    assert message and "imed out" in message
 
 
 def plan_for_three_on_two():
@@ -113,6 +197,23 @@ def test_what_does_not_fit():
         ContextParallel(None, plan, builders.causal(8))
 
 
+def heads_that_do_not_divide():
+    mask = builders.causal(9)
+    context = ContextParallel(dist.group.WORLD, ShardPlan.build(mask, 3, head_parallel=3), mask)
+    messages = []
+    for heads, kv_heads in ((4, 2), (6, 2), (6, 3)):
+        q, k = torch.randn(1, 3, heads, 8), torch.randn(1, 3, kv_heads, 8)
+        messages.append(failure_of(lambda q=q, k=k: context_parallel_attention(q, k, k, context)))
+    return messages
+
+
+def test_heads_that_a_ring_cannot_split_are_refused():
+    for messages in run_ranks(3, heads_that_do_not_divide):
+        assert "head_parallel=3 must divide the 4 query heads" in messages[0]
+        assert "head_parallel=3 must divide the 2 key/value heads, or be a multiple of them" in messages[1]
+        assert messages[2] is None
+
+
 def test_attention_refuses_what_does_not_fit():
     mask = builders.causal(9)
     context = ContextParallel(None, ShardPlan.build(mask, 1), mask)
@@ -123,5 +224,7 @@ def test_attention_refuses_what_does_not_fit():
         context_parallel_attention(q, q[:, :, :1].expand(1, 9, 3, 8), q[:, :, :1].expand(1, 9, 3, 8), context)
     with pytest.raises(ValueError, match="scale"):
         context_parallel_attention(q, q, q, context, scale=0.0)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        context_parallel_attention(q, q, q, context, softcap=-1.0)
     with pytest.raises(ValueError, match="backend"):
         context_parallel_attention(q, q, q, context, backend="no such")

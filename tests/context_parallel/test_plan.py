@@ -309,6 +309,29 @@ def test_masks_count_by_their_weights():
     assert both.received_fraction == pytest.approx((fractions[0] + 3 * fractions[1]) / 4)
 
 
+@pytest.mark.parametrize("n", [5, 101, 1_003])
+@pytest.mark.parametrize("world_size, head_parallel", [(4, 2), (6, 3), (6, 6), (8, 4)])
+def test_rings_of_ranks_share_rows(n, world_size, head_parallel):
+    mask = builders.causal_document(pack(n, seed=2))
+    plan = ShardPlan.build(mask, world_size, head_parallel=head_parallel)
+    rows = check_layout(plan, n, world_size)
+    of_rings = ShardPlan.build(mask, world_size // head_parallel)
+    for ring in range(plan.rings):
+        together = torch.cat(rows[ring * head_parallel : (ring + 1) * head_parallel])
+        assert together.equal(of_rings.rows(ring))
+        for member in range(head_parallel):
+            part = plan.local(ring * head_parallel + member)
+            assert part.member_counts == tuple(len(r) for r in rows[ring * head_parallel :][:head_parallel])
+            for stage, whole in zip(part.stages, of_rings.local(ring).stages, strict=True):
+                assert stage.columns.equal(whole.columns) and stage.send_rows.equal(whole.send_rows)
+                # Peers are the members of like number.
+                assert stage.receive_counts[member::head_parallel] == whole.receive_counts
+                assert sum(stage.receive_counts) == sum(whole.receive_counts)
+    assert plan.imbalance == pytest.approx(of_rings.imbalance)
+    assert plan.received_fraction == pytest.approx(of_rings.received_fraction)
+    assert plan.fingerprint() != of_rings.fingerprint()
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tables_count_scores_and_keys_of_each_pair(batch):
     n, world_size = 101, 3
@@ -338,6 +361,11 @@ def test_tables_count_scores_and_keys_of_each_pair(batch):
         (dict(mask=builders.full(8), world_size=2, chunk_size=0), "chunk_size"),
         (dict(mask=builders.full(8), world_size=2, strategy="zig-zag"), r"got 'zig-zag'. Did you mean 'zigzag'\?"),
         (dict(mask=builders.full(8), world_size=2, strategy="zigzag", chunk_size=2), "chunk_size=2 is for strategy"),
+        (
+            dict(mask=builders.full(8), world_size=6, head_parallel=4),
+            r"divide the 6 ranks: one of \[1, 2, 3, 6\], got 4",
+        ),
+        (dict(mask=builders.full(8), world_size=6, head_parallel=3, num_stages=3), r"in 2..2 for 2 rings of 3 ranks"),
         (dict(mask=builders.full(8), world_size=2, weights=[1, 2]), "1 integers >= 1"),
         (dict(mask=builders.full(8), world_size=2, weights=[0]), "integers >= 1"),
         (dict(mask=builders.full(8), world_size=4, num_stages=1), r"num_stages must be an integer in 2..4"),
