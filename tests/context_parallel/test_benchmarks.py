@@ -1,0 +1,72 @@
+"""The benchmarks of this room run at tiny size on a CPU; their figures there mean nothing, their bookkeeping does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import context_parallel as replay
+
+ROOT = Path(__file__).parents[2]
+SHAPE = ["--tokens", "64", "--heads", "4", "2", "--head-dim", "16", "--dtype", "float32", "--device", "cpu"]
+
+
+def run_replay(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["context_parallel", *SHAPE, "--commit", "none", *arguments])
+    replay.main()
+
+
+def test_replay_counts_resumes_and_tells_measured_from_modelled(monkeypatch, tmp_path, capsys):
+    some = ["--masks", "causal", "document", "--repeats", "1", "--out", str(tmp_path)]
+    run_replay(monkeypatch, *some, "--sizes", "4", "--ranks-sampled", "2", "--layouts", "balanced", "all_gather")
+    (path,) = tmp_path.glob("*-context_parallel.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mask"], row["layout"]) for row in rows] == [
+        (mask, layout) for mask in ("causal", "document") for layout in ("balanced", "all_gather")
+    ]
+    n = 4 * 64
+    for row in rows:
+        assert len(row["replayed"]) == 2 and len(row["measured_forward_seconds"]) == 2
+        assert row["total_forward_tflops"] <= row["compute_forward_tflops"]
+        assert row["modelled_backward_seconds"][0] >= sum(row["measured_backward_seconds"][0])
+    assert rows[0]["flops_a_rank"] == 4 * 16 * 4 * n * (n + 1) / 2 / 4
+    assert len(rows[0]["measured_forward_seconds"][0]) == rows[0]["stages"] and rows[0]["received"] < 1
+    assert len(rows[1]["measured_forward_seconds"][0]) == 1 and rows[1]["received"] == 1
+    text = path.with_suffix(".md").read_text()
+    assert "Compute is measured; the exchange is modelled" in text and "2 of 4" in text and "MagiAttention" in text
+
+    capsys.readouterr()
+    run_replay(monkeypatch, *some, "--sizes", "4", "--ranks-sampled", "2")
+    again = json.loads(path.read_text())["rows"]
+    assert again[:4] == rows and len(again) == 8
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_replay_shows_no_speed_of_a_wrong_result(monkeypatch, capsys):
+    monkeypatch.setattr(replay, "merge_", lambda out, lse, part, part_lse: out.add_(part))
+    with pytest.raises(SystemExit, match=r"error: causal, rank .* no speed is shown"):
+        run_replay(monkeypatch, "--masks", "causal", "--sizes", "2")
+    assert capsys.readouterr().out == ""
+
+
+def test_heads_that_ulysses_cannot_split_are_said(monkeypatch, capsys):
+    run_replay(monkeypatch, "--masks", "causal", "--sizes", "8", "--layouts", "ulysses", "--repeats", "1")
+    assert "8 ranks do not divide 4 query heads" in capsys.readouterr().out
+
+
+def test_ranks_against_one_process(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.context_parallel_ranks"]
+    command += [*SHAPE, "--transport", "gloo", "--masks", "causal_document", "prefix_tree", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*-context_parallel_ranks-gloo-2.jsonl")
+    rows = [json.loads(text) for text in path.read_text().splitlines()][1:]
+    assert [(row["mask"], row["head_parallel"]) for row in rows] == [
+        (mask, u) for mask in ("causal_document", "prefix_tree") for u in (1, 2)
+    ]
+    assert all(row["ok"] and "seconds" not in row for row in rows)
