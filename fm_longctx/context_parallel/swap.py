@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from fm_longctx.context_parallel.coverage import Floats, Ints
 from fm_longctx.context_parallel.problem import TOLERANCE, Problem
 
 # What load beyond the tolerance costs, in sequences received per mean load: balance first, then traffic.
 _OVERLOAD_PRICE = 50.0
+# A rank that sends more than this many times what ranks send on average is one that others wait for. What a column
+# above it costs, in columns received.
+_SENDS = 1.25
+_SEND_PRICE = 1.0
 # Bounds the time of dense masks: rounds x entries of the needs.
 _MOST_WORK = 3_000_000
 _MOST_CELLS = 1 << 23
@@ -17,7 +22,11 @@ _TRIES = 8
 
 
 def swap(problem: Problem, owners: Ints) -> Ints:
-    """Owners after exchanging pairs while that lowers overload and traffic, the most overloaded rank's first."""
+    """Owners after exchanging pairs while that lowers overload and traffic, the most overloaded rank's first.
+
+    Traffic is what all ranks receive, and what the busiest ones send: the first rows of a long document are wanted by
+    every rank that has later ones, so they should not lie with one rank.
+    """
     if problem.world_size == 1 or problem.mean_load <= 0 or problem.world_size * problem.chunks > _MOST_CELLS:
         return owners
     state = _Traffic(problem, owners.copy())
@@ -29,15 +38,19 @@ def swap(problem: Problem, owners: Ints) -> Ints:
     for _ in range(min(8 * problem.world_size, max(8, _MOST_WORK // max(1, len(problem.needs.rows))))):
         if stuck.all():
             break
-        order = np.lexsort((-state.received, -np.maximum(load - limit, 0)))
+        demand = state.incoming.sum(0)
+        sent = np.bincount(state.owners, demand, problem.world_size)
+        allowed = _SENDS * float(sent.mean())
+        order = np.lexsort((-state.received, -np.maximum(sent - allowed, 0), -np.maximum(load - limit, 0)))
         rank = int(order[~stuck[order]][0])
         mine = np.flatnonzero(state.owners == rank)
         theirs = np.flatnonzero(state.owners != rank)
         others = load[state.owners[theirs]]
         shift = problem.load[mine][:, None] - problem.load[theirs]
-        relief = np.maximum(load[rank] - limit, 0) + np.maximum(others - limit, 0)
-        relief = relief - np.maximum(load[rank] - limit - shift, 0) - np.maximum(others - limit + shift, 0)
-        gain = state.estimate(rank, mine, theirs) + price * relief
+        bonus = price * _relief(load[rank] - limit, others - limit, shift)
+        moved = demand[mine][:, None] - demand[theirs]
+        bonus += _SEND_PRICE * _relief(sent[rank] - allowed, sent[state.owners[theirs]] - allowed, moved)
+        gain = state.estimate(rank, mine, theirs) + bonus
         if mixed:
             gain[problem.odd[mine][:, None] != problem.odd[theirs]] = -np.inf
         stuck[rank] = True
@@ -47,12 +60,18 @@ def swap(problem: Problem, owners: Ints) -> Ints:
             if gain[i, j] <= 0:
                 break
             other = int(state.owners[theirs[j]])
-            if state.try_swap(int(mine[i]), int(theirs[j]), price * relief[i, j]):
+            if state.try_swap(int(mine[i]), int(theirs[j]), float(bonus[i, j])):
                 load[rank] -= shift[i, j]
                 load[other] += shift[i, j]
                 stuck[:] = False
                 break
     return state.owners
+
+
+def _relief(mine: float, theirs: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]) -> Floats:
+    """How much less two ranks are above a limit together, so far above it each, once the first gives away `shift`."""
+    before = max(mine, 0.0) + np.maximum(theirs, 0)
+    return before - np.maximum(mine - shift, 0) - np.maximum(theirs + shift, 0)
 
 
 def _largest(values: Floats, count: int) -> Ints:
@@ -70,6 +89,8 @@ class _Traffic:
         ranks, chunks = problem.world_size, problem.chunks
         self.received = np.zeros(ranks)
         """[ranks]: columns received."""
+        self.incoming = np.zeros((ranks, chunks))
+        """[rank, chunk]: columns of it received."""
         self.joining = np.zeros((ranks, chunks))
         """[rank, chunk]: columns that a rank would receive more if it owned the chunk too."""
         self.leaving = np.zeros(chunks)
@@ -125,7 +146,7 @@ class _Traffic:
         second = table.max(0)
         self.top[rank], self.most[rank], self.second[rank] = mine[top], most, second
         received = np.where(own, 0, most)
-        self.received[rank] = received.sum()
+        self.incoming[rank], self.received[rank] = received, received.sum()
         # A chunk that joins brings its needs, and its own columns need no longer travel; one that leaves the reverse.
         have = np.where(own, np.inf, most)
         more = np.maximum(needs.keys - have[needs.columns], 0)

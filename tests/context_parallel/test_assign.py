@@ -75,7 +75,8 @@ def test_swaps_balance_what_peeling_left():
         start = peel(problem, TOLERANCE)
         end = swap(problem, start)
         load, load_after = (np.bincount(owners, problem.load, 8) for owners in (start, end))
-        assert load_after.max() <= max(load.max(), load.mean() * (1 + TOLERANCE))
+        # A hair of overload may be worth a busy sender less.
+        assert load_after.max() <= max(load.max(), load.mean() * (1 + 1.1 * TOLERANCE))
         better += load_after.max() < load.max()
     assert better >= 5
 
