@@ -4,8 +4,8 @@
     python -m benchmarks.link_model --bandwidth 3e11 --tokens 1 --ranks 8
 
 Everything is modelled from a plan's exact counts, except planning time, which is measured on one core. The mask is a
-pack of the published length mix, seed 0, causal. A cell with fewer than --least tokens a rank, or more than --most, is
-left out.
+pack of the published length mix, seed 0, causal. Beyond 64 GPUs rings of --head-parallel GPUs split the heads. A cell
+with fewer than --least tokens a GPU, or more than --most, is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--least", type=int, default=2048, help="tokens a rank")
     parser.add_argument("--most", type=int, default=1 << 18, help="tokens a rank")
+    parser.add_argument("--head-parallel", type=int, default=8, help="beyond 64 GPUs")
     parser.add_argument("--bandwidth", type=float, default=defaults.bandwidth)
     parser.add_argument("--latency", type=float, default=defaults.latency)
     parser.add_argument("--commit", help="the commit to record where there is no git")
@@ -37,8 +38,8 @@ def main() -> None:
     cost = CostModel(bandwidth=options.bandwidth, latency=options.latency)
     print(environment(options.commit), cost, sep="\n")
     print(
-        "\n| tokens | GPUs | tokens a GPU | imbalance | received, of all-gather | MiB received, most | stages | "
-        "forward, slowest | of it waiting | of ideal | limit | s to plan |\n" + "|---" * 12 + "|"
+        "\n| tokens | GPUs | rings x heads | tokens a GPU | imbalance | received, of all-gather | MiB received, most | "
+        "stages | forward, slowest | of it waiting | of ideal | limit | s to plan |\n" + "|---" * 13 + "|"
     )
     for mega in options.tokens:
         n = mega << 20
@@ -47,7 +48,7 @@ def main() -> None:
             if not options.least <= n // ranks <= options.most:
                 continue
             begin = time.perf_counter()
-            plan = ShardPlan.build(mask, ranks, cost=cost)
+            plan = ShardPlan.build(mask, ranks, head_parallel=options.head_parallel if ranks > 64 else 1, cost=cost)
             seconds = time.perf_counter() - begin
             report = plan.report()
             forward, slowest = report.forward, int(report.forward.total.argmax())
@@ -60,7 +61,8 @@ def main() -> None:
             }
             limit = max(lost, key=lambda name: lost[name]) if total > 1.05 * ideal else "none"
             print(
-                f"| {mega}M | {ranks} | {n // ranks:,} | {plan.imbalance:.3f} | {plan.received_fraction:.3f} | "
+                f"| {mega}M | {ranks} | {plan.rings} x {plan.head_parallel} | {n // ranks:,} | "
+                f"{plan.imbalance:.3f} | {plan.received_fraction:.3f} | "
                 f"{report.received.sum(1).max() / 2**20:.0f} | {plan.num_stages} | {1e3 * total:.2f} ms | "
                 f"{1e3 * waits:.2f} ms | {ideal / total:.0%} | {limit} | {seconds:.2f} |",
                 flush=True,

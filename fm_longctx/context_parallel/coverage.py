@@ -243,10 +243,12 @@ def seen_areas(parts: Segments, rows: Ints) -> Ints:
     visible = np.full(len(width), len(rows)) * width
     for starts, ends in zip(parts.starts, parts.ends, strict=True):
         visible -= (np.searchsorted(rows, ends) - np.searchsorted(rows, starts)) * width
-    # Rows above the diagonal: how many lie below column j, summed over the columns of the segment.
-    below = np.zeros(parts.num_tokens + 1, dtype=np.int64)
-    below[1:] = np.searchsorted(rows, np.arange(parts.num_tokens)).cumsum()
-    return visible - np.where(parts.diagonal, below[parts.last] - below[parts.first], 0)
+    # Rows above the diagonal: how many lie below column j, summed over the columns of the segment. Those above its
+    # first column count in each, the others in the columns after them.
+    summed = np.concatenate([np.zeros(1, dtype=np.int64), rows.cumsum()])
+    above, until = np.searchsorted(rows, parts.first), np.searchsorted(rows, parts.last)
+    hidden = above * width + (until - above) * (parts.last - 1) - (summed[until] - summed[above])
+    return visible - np.where(parts.diagonal, hidden, 0)
 
 
 def row_area(parts: Segments) -> Ints:

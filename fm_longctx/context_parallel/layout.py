@@ -31,6 +31,8 @@ _TILE = 128
 # Chunks a rank has if not told otherwise, and how many there may be in all where that is too few to balance.
 _CHUNKS_A_RANK = 16
 _MOST_CHUNKS = 1024
+# Beyond so many ranks a plan that balances well takes longer than a step: see docs/context_parallel.md.
+_MANY_RANKS = 512
 # More stages than these are not tried: each merges the rank's whole output once more.
 _MOST_STAGES = 8
 
@@ -234,7 +236,8 @@ def _together(needs: Sequence[Needs], weights: Sequence[int], chunks: int) -> Ne
 
 def _chunk_size(n: int, world_size: int) -> int:
     """So many chunks a rank as balance well and can be searched; in whole tiles where they are that large."""
-    per_rank = min(_CHUNKS_A_RANK, max(2, _MOST_CHUNKS // world_size))
+    fewest = 8 if world_size <= _MANY_RANKS else 2
+    per_rank = min(_CHUNKS_A_RANK, max(fewest, _MOST_CHUNKS // world_size))
     size = n // (world_size * per_rank)
     return size // _TILE * _TILE if size >= _TILE else max(1, size)
 

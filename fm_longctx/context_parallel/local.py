@@ -69,8 +69,8 @@ def exchange_tables(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int
     source = sources[parts.first]
     areas = np.zeros((world_size, world_size), dtype=np.int64)
     keys = np.zeros_like(areas)
-    for rank in range(world_size):
-        rows = np.flatnonzero(sources == rank)
+    rows_of = np.split(np.argsort(sources, kind="stable"), np.bincount(sources, minlength=world_size).cumsum()[:-1])
+    for rank, rows in enumerate(rows_of):
         # Integers above 2^53 would lose their last digits in bincount's float64.
         np.add.at(areas[rank], source, seen_areas(parts, rows))
         first, stop = seen_ranges(parts, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,6 @@ class PlanReport:
     """`[rings, stages]`: bytes of keys and values that arrive."""
     sent: Floats
     """`[rings, stages]`: bytes of keys and values that leave. Gradients travel the other way, wider."""
-    floor: float
-    """Keys that any layout of equal shares with at most 2% imbalance must receive, over an all-gather's."""
     forward: Prediction
     backward: Prediction
 
@@ -65,10 +64,14 @@ class PlanReport:
             scores=computed,
             received=received * cost.forward_key_bytes,
             sent=sent * cost.forward_key_bytes,
-            floor=plan.floor(),
             forward=forward._replace(total=forward.total + trade),
             backward=backward._replace(total=backward.total + trade),
         )
+
+    @cached_property
+    def floor(self) -> float:
+        """Keys that any layout of equal shares with at most 2% imbalance must receive, over an all-gather's."""
+        return self.plan.floor()
 
     @property
     def ideal(self) -> tuple[float, float]:

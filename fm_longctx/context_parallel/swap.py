@@ -14,8 +14,8 @@ _OVERLOAD_PRICE = 50.0
 # above it costs, in columns received.
 _SENDS = 1.25
 _SEND_PRICE = 1.0
-# Bounds the time of dense masks: rounds x entries of the needs.
-_MOST_WORK = 3_000_000
+# Bounds the time: rounds x what a round walks over.
+_MOST_WORK = 4_700_000
 _MOST_CELLS = 1 << 23
 # Pairs worked out exactly before a rank is given up.
 _TRIES = 8
@@ -35,7 +35,8 @@ def swap(problem: Problem, owners: Ints) -> Ints:
     price = _OVERLOAD_PRICE * float(problem.sizes.sum()) / problem.mean_load
     stuck = np.zeros(problem.world_size, dtype=bool)
     mixed = bool(problem.odd.any())
-    for _ in range(min(8 * problem.world_size, max(8, _MOST_WORK // max(1, len(problem.needs.rows))))):
+    work_a_round = len(problem.needs.rows) + problem.world_size * problem.chunks // 2
+    for _ in range(min(8 * problem.world_size, max(8, _MOST_WORK // work_a_round))):
         if stuck.all():
             break
         demand = state.incoming.sum(0)
