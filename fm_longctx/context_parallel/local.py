@@ -28,21 +28,23 @@ def rank_stages(
     """A rank's rows, ascending, and its stages under one mask. bounds and owners as in `ShardPlan`."""
     sources = np.repeat(owners, np.diff(bounds))
     parts = segments(mask).cut(bounds)
-    rows = np.flatnonzero(sources == rank)
-    seen = seen_columns(parts, rows)
+    rows_of = _positions_by_rank(np.arange(len(sources)), sources, world_size)
+    rows = rows_of[rank]
+    seen = np.flatnonzero(seen_columns(parts, rows))
+    needed = _positions_by_rank(seen, sources[seen], world_size)
     # The others' needs of this rank's columns, in its local positions: an owned segment stays in one piece.
     own = parts.take(sources[parts.first] == rank)
+    local = np.searchsorted(rows, own.first)
     wanted = []
     for other in range(world_size):
-        first, stop = seen_ranges(own, np.flatnonzero(sources == other))
-        local = np.searchsorted(rows, first)
+        first, stop = seen_ranges(own, rows_of[other])
         wanted.append(np.flatnonzero(covered(local, local + stop - first, len(rows))))
     none = np.zeros(0, dtype=np.int64)
     stages = []
     for s in range(num_stages):
         meets = [r != rank and stage_of(r, rank, world_size, num_stages) == s for r in range(world_size)]
         gets = [r != rank and stage_of(rank, r, world_size, num_stages) == s for r in range(world_size)]
-        received = [np.flatnonzero(seen & (sources == r)) if meets[r] else none for r in range(world_size)]
+        received = [needed[r] if meets[r] else none for r in range(world_size)]
         sent = [wanted[r] if gets[r] else none for r in range(world_size)]
         columns = np.concatenate(received) if s else rows
         stages.append(_stage(mask, rows, columns, received, sent))
@@ -61,6 +63,13 @@ def _stage(mask: FlashMask, rows: Ints, columns: Ints, received: Sequence[Ints],
     )
 
 
+def _positions_by_rank(positions: Ints, ranks: Ints, world_size: int) -> list[Ints]:
+    """The positions of each rank, in their order."""
+    # A radix sort, for the narrow type.
+    order = np.argsort(ranks.astype(np.uint16), kind="stable")
+    return np.split(positions[order], np.bincount(ranks, minlength=world_size).cumsum()[:-1])
+
+
 def exchange_tables(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int) -> tuple[Ints, Ints]:
     """int64 `[ranks, ranks]` each, [r, c]: scores of rank r's rows in rank c's columns, and how many of those columns
     rank r sees (r receives them from c, but for its own)."""
@@ -69,8 +78,7 @@ def exchange_tables(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int
     source = sources[parts.first]
     areas = np.zeros((world_size, world_size), dtype=np.int64)
     keys = np.zeros_like(areas)
-    rows_of = np.split(np.argsort(sources, kind="stable"), np.bincount(sources, minlength=world_size).cumsum()[:-1])
-    for rank, rows in enumerate(rows_of):
+    for rank, rows in enumerate(_positions_by_rank(np.arange(len(sources)), sources, world_size)):
         # Integers above 2^53 would lose their last digits in bincount's float64.
         np.add.at(areas[rank], source, seen_areas(parts, rows))
         first, stop = seen_ranges(parts, rows)
