@@ -78,7 +78,7 @@ def assert_equal_to_dense(result, inputs, visible):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_mask_case(world_size):
     chosen = cases(LENGTH, seed=4)
     inputs = make_inputs(heads=4, kv_heads=2, d=8)
