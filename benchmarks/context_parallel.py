@@ -238,7 +238,7 @@ def measure(
         whole.append((i, mask, k, v, backend))
     if out is None or lse is None:
         return forward, backward
-    delta = attention_delta(out.to(q.dtype), dout)
+    delta = attention_delta(out.to(q.dtype), dout, backend=backend)
     for i, mask, k, v, backend in whole:
 
         def differentiate(mask: FlashMask = mask, k: Tensor = k, v: Tensor = v, backend: str = backend) -> Any:

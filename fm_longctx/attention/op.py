@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fm_longctx.attention.library import attend
-from fm_longctx.attention.passes import resolve_backend
+from fm_longctx.attention.passes import resolve_backend, torch_is_strict
 from fm_longctx.attention.validation import validate
 from fm_longctx.mask import FlashMask
 
@@ -96,11 +96,5 @@ def flashmask_attention(
         raise ValueError(f"softcap must be positive and finite, got {softcap}. Pass None for scores without a cap.")
     name = resolve_backend(backend, q, v, mask.num_intervals, softcap)
     cap = None if softcap is None else float(softcap)
-    out, lse = attend(q, k, v, mask, float(scale), cap, name, deterministic or _torch_is_strict())
+    out, lse = attend(q, k, v, mask, float(scale), cap, name, deterministic or torch_is_strict())
     return (out, lse) if return_lse else out
-
-
-@torch.compiler.assume_constant_result
-def _torch_is_strict() -> bool:
-    """Whether `torch.use_deterministic_algorithms` would have an indeterminate operation raise."""
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

@@ -48,6 +48,12 @@ def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int, s
     return backend
 
 
+@torch.compiler.assume_constant_result
+def torch_is_strict() -> bool:
+    """Whether `torch.use_deterministic_algorithms` would have an indeterminate operation raise."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fm_longctx.attention.passes import attention_backward, attention_delta, attention_forward, resolve_backend
+from fm_longctx.attention.passes import (
+    attention_backward,
+    attention_delta,
+    attention_forward,
+    resolve_backend,
+    torch_is_strict,
+)
 from fm_longctx.attention.validation import validate
 from fm_longctx.context_parallel.context import ContextParallel
 from fm_longctx.context_parallel.exchange import (
@@ -38,6 +44,7 @@ def context_parallel_attention(
     softcap: float | None = None,
     refetch: bool = False,
     backend: str | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Attention of this rank's rows to every column that they see, wherever it lives. A collective: all ranks call it.
 
@@ -45,7 +52,7 @@ def context_parallel_attention(
         q: `[B, T, H, D]`, the rank's rows (`plan.shard(x, rank, dim=1)`), in a dtype that `flashmask_attention` takes.
         k, v: `[B, T, H_kv, D]` and `[B, T, H_kv, D_v]`, the same rows' keys and values.
         context: group, plan and mask.
-        scale, softcap, backend: as in `flashmask_attention`.
+        scale, softcap, backend, deterministic: as in `flashmask_attention`.
         refetch: fetch the keys of other ranks again in the backward instead of keeping them: the forward's traffic
             twice, and no memory for received keys between the two.
 
@@ -59,9 +66,9 @@ def context_parallel_attention(
 
     The keys of stage s + 1 travel while stage s is attended to. Partial results are merged in float32 (float64 for
     float64 inputs) in the order of the stages; gradients of keys travel back in that dtype and are added in the order
-    of stages and ranks, so the result is repeatable bit for bit. Stages without a visible score run no kernel. Received
-    keys are kept for the backward unless `refetch`; under activation checkpointing they are fetched again by the
-    recomputation in any case. torch.compile breaks the graph here.
+    of stages and ranks. So the exchange is repeatable bit for bit, and with `deterministic` everything is. Stages
+    without a visible score run no kernel. Received keys are kept for the backward unless `refetch`; under activation
+    checkpointing they are fetched again by the recomputation in any case. torch.compile breaks the graph here.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -86,11 +93,10 @@ def context_parallel_attention(
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}.")
     intervals = max(stage.mask.num_intervals for stage in stages)
-    # Left out where it is not asked for, as a backend's other options.
-    options: dict[str, Any] = dict(scale=scale, backend=resolve_backend(backend, q, v, intervals))
-    if softcap is not None:
-        options["softcap"] = float(softcap)
-    out: Tensor = _Attention.apply(q, k, v, stages, context.group, refetch, options)
+    cap = None if softcap is None else float(softcap)
+    options: dict[str, Any] = dict(scale=scale, softcap=cap, backend=resolve_backend(backend, q, v, intervals, cap))
+    strict = deterministic or torch_is_strict()
+    out: Tensor = _Attention.apply(q, k, v, stages, context.group, refetch, strict, options)
     return out if context.members == 1 else to_rows(out, context)
 
 
@@ -104,6 +110,7 @@ class _Attention(torch.autograd.Function):
         stages: tuple[Stage, ...],
         group: dist.ProcessGroup | None,
         refetch: bool,
+        deterministic: bool,
         options: dict[str, Any],
     ) -> Tensor:
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -126,6 +133,7 @@ class _Attention(torch.autograd.Function):
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *received)
         ctx.stages, ctx.group, ctx.refetch, ctx.options = stages, group, refetch, options
+        ctx.deterministic = deterministic
         return out
 
     @staticmethod
@@ -140,7 +148,8 @@ class _Attention(torch.autograd.Function):
             """dk and dv of a stage; its part of dq is added."""
             if not stage.area:
                 return torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
-            dq_s, dk, dv = attention_backward(dout, q, k, v, lse, delta, stage.mask, grad_dtype=exact, **ctx.options)
+            options = dict(ctx.options, grad_dtype=exact, deterministic=ctx.deterministic)
+            dq_s, dk, dv = attention_backward(dout, q, k, v, lse, delta, stage.mask, **options)
             dq.add_(dq_s)
             return dk, dv
 
@@ -157,7 +166,7 @@ class _Attention(torch.autograd.Function):
         for stage, pending in zip(stages[1:], returning, strict=True):
             add_gradients_(total, stage, pending.wait())
         dk, dv = unpack(total, k.shape[-1])
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 def _arrivals(
