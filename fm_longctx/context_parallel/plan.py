@@ -130,6 +130,57 @@ class ShardPlan:
             cost=cost,
         )
 
+    @classmethod
+    def from_owners(
+        cls,
+        mask: FlashMask | Sequence[FlashMask],
+        owners: Tensor,
+        world_size: int,
+        *,
+        num_stages: int | None = None,
+    ) -> ShardPlan:
+        """A plan whose layout somebody else has chosen: another library's sharding, say. Nothing is balanced.
+
+        Args:
+            mask: N rows x N columns; one or several, as in `build`.
+            owners: integers `[N]` on the CPU: the rank of every position. Runs of one rank become the chunks.
+            world_size: ranks, >= 1.
+            num_stages: as in `build`.
+
+        Raises:
+            ValueError: as in `build`, or owners that do not name one of the ranks for each of the N positions.
+
+        >>> from fm_longctx.mask import causal
+        >>> plan = ShardPlan.from_owners(causal(6), torch.tensor([0, 0, 1, 1, 1, 0]), world_size=2)
+        >>> plan.rows(0).tolist(), plan.areas
+        ([0, 1, 5], (9, 12))
+        """
+        masks = (mask,) if isinstance(mask, FlashMask) else tuple(mask)
+        _check_masks(masks)
+        stages = min(2, world_size) if num_stages is None else num_stages
+        _check_numbers(world_size, None, stages)
+        n = masks[0].num_rows
+        if owners.shape != (n,) or owners.is_floating_point():
+            raise ValueError(f"owners must be {n} integers, one a position, got {owners.dtype} {list(owners.shape)}.")
+        if n and not 0 <= int(owners.min()) <= int(owners.max()) < world_size:
+            raise ValueError(
+                f"owners must be ranks in 0..{world_size - 1}, got {int(owners.min())}..{int(owners.max())}."
+            )
+        ranks = owners.numpy().astype(np.int64)
+        first = np.flatnonzero(np.diff(ranks, prepend=-1))
+        bounds = np.append(first, n).astype(np.int64)
+        masks = tuple(m.to("cpu") for m in masks)
+        area = sum(chunk_tables(segments(m, bounds), bounds)[0].sum(1) for m in masks)
+        areas = np.bincount(ranks[first], area, world_size).astype(np.int64)
+        return cls(
+            world_size=world_size,
+            num_stages=stages,
+            bounds=torch.from_numpy(bounds),
+            owners=torch.from_numpy(ranks[first]),
+            areas=tuple(areas.tolist()),
+            masks=masks,
+        )
+
     # Layout
 
     @property

@@ -390,3 +390,27 @@ def test_bad_ranks_stages_and_masks():
         plan.local_mask(0, 2)
     with pytest.raises(ValueError, match="9 positions but the plan was built for 8"):
         plan.local(0, builders.full(9))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), raw_masks(shape=(2, 1, 9, 9)), st.integers(1, 4))
+def test_a_layout_of_somebody_elses(data, raw, world_size):
+    owners = torch.tensor(data.draw(st.lists(st.integers(0, world_size - 1), min_size=9, max_size=9)))
+    mask, dense = FlashMask(*raw[:2], causal=raw.causal, num_rows=9), dense_of_intervals(raw)
+    stages = data.draw(st.integers(min(2, world_size), world_size))
+    plan = ShardPlan.from_owners(mask, owners, world_size, num_stages=stages)
+    for rank in range(world_size):
+        assert plan.rows(rank).equal((owners == rank).nonzero()[:, 0])
+        assert plan.areas[rank] == int(dense[:, :, owners == rank].sum())
+    assert plan.received_fraction == pytest.approx(check_stages(plan, dense))
+
+
+def test_owners_that_do_not_fit():
+    mask = builders.causal(4)
+    for owners in (torch.zeros(3, dtype=torch.int64), torch.zeros(4), torch.zeros(1, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="owners must be 4 integers, one a position, got"):
+            ShardPlan.from_owners(mask, owners, 2)
+    with pytest.raises(ValueError, match=r"owners must be ranks in 0\.\.1, got 0\.\.2"):
+        ShardPlan.from_owners(mask, torch.tensor([0, 1, 2, 0]), 2)
+    with pytest.raises(ValueError, match="num_stages"):
+        ShardPlan.from_owners(mask, torch.zeros(4, dtype=torch.int64), 2, num_stages=1)
