@@ -44,9 +44,9 @@ def use_flashmask(spec: Spec, *, sharding: Sharding = "plan", without_mask: With
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
     if without_mask == "causal" and sharding == "plan":
         raise ValueError('without_mask="causal" needs sharding="zigzag": a batch without a mask has no plan to follow.')
-    result = copy.deepcopy(spec)
     core = ModuleSpec(module=FlashMaskCoreAttention, params={"sharding": sharding, "without_mask": without_mask})
-    if not _swap(result, core):
+    result: Spec = _swapped(spec, core)
+    if result is spec:
         raise ValueError(
             f"no self-attention with a core_attention was found in this {type(spec).__name__}. Pass a layer's "
             "ModuleSpec, the TransformerBlockSubmodules of get_gpt_decoder_block_spec, or a multi-token-prediction "
@@ -55,12 +55,13 @@ def use_flashmask(spec: Spec, *, sharding: Sharding = "plan", without_mask: With
     return result
 
 
-def _swap(node: Any, core: ModuleSpec) -> int:
-    """Replace the core attentions at and below a node, in place; how many there were."""
+def _swapped(node: Any, core: ModuleSpec) -> Any:
+    """The node with the core attentions at and below it replaced, in copies; the node itself if there are none."""
     if isinstance(node, (list, tuple)):
-        return sum(_swap(item, core) for item in node)
+        items = [_swapped(item, core) for item in node]
+        return node if all(new is old for new, old in zip(items, node, strict=True)) else type(node)(items)
     if isinstance(node, type) or not dataclasses.is_dataclass(node):
-        return 0
+        return node
     if isinstance(node, CrossAttentionSubmodules):
         raise ValueError(
             "this spec has cross-attention, whose rows and columns are two sequences; a FlashMask here is of one. Swap "
@@ -68,18 +69,25 @@ def _swap(node: Any, core: ModuleSpec) -> int:
         )
     if isinstance(node, MultiTokenPredictionLayerSubmodules):
         mtp.install()
-    found = 0
+    result = copy.copy(node)
+    changed = False
     for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if field.name == "core_attention" and value is not None:
-            name = getattr(get_module(value), "__name__", repr(value))
-            if name not in _REPLACEABLE:
-                raise ValueError(
-                    f"core_attention={name} is not one that FlashMaskCoreAttention can stand in for ({_REPLACEABLE}): "
-                    "what it does beyond softmax attention would be lost."
-                )
-            setattr(node, field.name, core)
-            found += 1
+        old = getattr(node, field.name)
+        if field.name == "core_attention" and old is not None:
+            new = _replaced(old, core)
         else:
-            found += _swap(value, core)
-    return found
+            new = _swapped(old, core)
+        if new is not old:
+            setattr(result, field.name, new)
+            changed = True
+    return result if changed else node
+
+
+def _replaced(attention: Any, core: ModuleSpec) -> ModuleSpec:
+    name = getattr(get_module(attention), "__name__", repr(attention))
+    if name not in _REPLACEABLE:
+        raise ValueError(
+            f"core_attention={name} is not one that FlashMaskCoreAttention can stand in for ({_REPLACEABLE}): what it "
+            "does beyond softmax attention would be lost."
+        )
+    return core

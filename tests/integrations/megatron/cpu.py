@@ -48,6 +48,8 @@ def megatron_on_cpu():
     if torch.cuda.is_available():
         yield
         return
+    # All of Megatron before anything is patched: torch.compile, a decorator there, remembers the functions it meets.
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention

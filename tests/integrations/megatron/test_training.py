@@ -27,6 +27,7 @@ CASES = {
     # Megatron's layout.
     "cp2 zigzag, parameters": Run(cp=2, route="zigzag", config=SELECTIVE),
     "cp2 zigzag, attention_mask": Run(cp=2, route="dense", config=FULL),
+    "cp2 zigzag, no mask": Run(cp=2, route="none", config=FULL),
     "cp2 zigzag, thd": Run(cp=2, route="thd", batch=1, config=FULL),
     "tp2 zigzag, thd": Run(tp=2, route="thd", batch=1, sequence_parallel=True),
     "cp2 zigzag, MTP": Run(cp=2, route="zigzag", config={"mtp_num_layers": 1}),

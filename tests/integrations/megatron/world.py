@@ -35,15 +35,13 @@ class Run:
     micro_batches: int = 2
     batch: int = 2
     route: str = "plan"
-    """How the mask reaches the layers: "plan" or "zigzag" (FlashMaskParams), "dense" (attention_mask), "thd"."""
+    """How masks reach the layers: "plan", "zigzag" (both FlashMaskParams), "dense" (attention_mask), "thd", "none"."""
     oracle: bool = False
     use_distributed_optimizer: bool = False
     window: tuple | None = None
     config: dict = field(default_factory=dict)
     mla: bool = False
     sequence_parallel: bool = False
-    save: str | None = None
-    load: str | None = None
 
     def on_one_rank(self):
         """The same training by Megatron alone."""
@@ -59,8 +57,6 @@ class Run:
             config=config,
             use_distributed_optimizer=False,
             sequence_parallel=False,
-            save=None,
-            load=None,
         )
 
 
@@ -97,8 +93,8 @@ class Batch:
             sees = [[node[c] in ancestors[node[r]] and c <= r for c in range(n)] for r in range(n)]
             last = torch.tensor([i + 1 == n or node[i] != node[i + 1] for i in range(n)])
         else:
-            lengths = cut(n, seed)
-            if run.route == "thd" or run.mask == "padded":
+            lengths = cut(n, seed) if run.route != "none" else [n]
+            if run.route == "thd":
                 lengths = [4 * max(1, length // 4) for length in lengths]
                 lengths[-1] += n - sum(lengths)
             self.bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -234,7 +230,9 @@ def make_model(run, config):
     if run.oracle and run.mla:
         layer.submodules.self_attention.submodules.core_attention = DenseAttention
     if not run.oracle:
-        spec, mtp = (s and use_flashmask(s, sharding="plan" if run.route == "plan" else "zigzag") for s in (spec, mtp))
+        options = {} if run.route == "plan" else {"sharding": "zigzag"}
+        options |= {"without_mask": "causal"} if run.route == "none" else {}
+        spec, mtp = (s and use_flashmask(s, **options) for s in (spec, mtp))
     model = GPTModel(
         config,
         spec,
@@ -318,6 +316,8 @@ def prepare(run, batch, model):
     if run.route == "zigzag":
         params = FlashMaskParams.from_cu_seqlens(batch.bounds, sharding="zigzag", window_size=batch.window)
         return get_batch_on_this_cp_rank(tensors), None, params
+    if run.route == "none":
+        return get_batch_on_this_cp_rank(tensors), None, None
     if run.route == "dense":
         tensors = get_batch_on_this_cp_rank(tensors | {"attention_mask": ~batch.visible[None, None]})
         return tensors, tensors.pop("attention_mask"), None
@@ -331,7 +331,7 @@ def prepare(run, batch, model):
     return {name: x[:, rows] for name, x in tensors.items()}, None, params
 
 
-def train(run, *, first_step=0):
+def train(run):
     """On one rank: [(loss, gradient norm) of each step], the loss being the mean over the step's labels."""
     warnings.filterwarnings("ignore")
     from megatron.core.models.gpt import gpt_model
@@ -340,7 +340,7 @@ def train(run, *, first_step=0):
     roll = multi_token_prediction.roll_tensor
     try:
         with megatron_on_cpu():
-            return _train(run, first_step)
+            return _train(run)
     finally:
         gpt_model.roll_tensor = multi_token_prediction.roll_tensor = roll
 
@@ -355,7 +355,7 @@ def start(run):
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def _train(run, first_step):
+def _train(run):
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -392,12 +392,8 @@ def _train(run, first_step):
         )
         return output, partial(per_token_loss, tensors["loss_mask"])
 
-    if run.load:
-        from tests.integrations.megatron.checkpoint import load
-
-        load(run.load, bare, optimizer)
     history = []
-    for step in range(first_step, first_step + run.steps):
+    for step in range(run.steps):
         mine = range(dp_rank * run.micro_batches, (dp_rank + 1) * run.micro_batches)
         batches = iter([Batch(run, 1000 * step + i) for i in mine])
         model.zero_grad_buffer()
@@ -414,8 +410,4 @@ def _train(run, first_step):
         total = sum((r["lm loss"] for r in reports), torch.zeros(2))
         dist.all_reduce(total)
         history.append((float(total[0] / total[1]), float(norm)))
-    if run.save:
-        from tests.integrations.megatron.checkpoint import save
-
-        save(run.save, bare, optimizer)
     return history

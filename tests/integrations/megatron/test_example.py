@@ -1,0 +1,56 @@
+"""The example as people start it: a few steps on two ranks, and its checkpoint continued on one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+TINY = [
+    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "48", "--num-attention-heads", "4"),
+    *("--num-query-groups", "2", "--vocab-size", "32", "--seq-length", "97", "--lr", "1e-2", "--train-iters", "6"),
+]
+
+
+def launch(ranks, *arguments):
+    """[(iteration, loss, gradient norm, labels)] that the script printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    script = ["tests/integrations/megatron/on_cpu.py", "examples/megatron_pretrain.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, *script, *TINY, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+    assert process.returncode == 0, err
+    lines = re.findall(r"iteration +(\d+) \| lm loss (\S+) \| grad norm (\S+) \| labels (\d+)", out)
+    return [(int(i), float(loss), float(norm), int(labels)) for i, loss, norm, labels in lines]
+
+
+def test_two_context_parallel_ranks_and_a_checkpoint_that_one_rank_continues(tmp_path):
+    steps = launch(2, "--context-parallel-size", "2", "--save", str(tmp_path), "--save-interval", "3")
+    assert [i for i, *_ in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[0][1] == pytest.approx(3.47, abs=0.1)  # log 32
+    assert steps[-1][1] < steps[0][1] - 0.3
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000003", "iter_0000006"}
+
+    continued = launch(1, "--load", str(tmp_path / "iter_0000003"))
+    assert [i for i, *_ in continued] == [4, 5, 6]
+    for (_, loss, norm, labels), (_, expected_loss, expected_norm, expected_labels) in zip(
+        continued, steps[3:], strict=True
+    ):
+        assert labels == expected_labels
+        assert loss == pytest.approx(expected_loss, abs=2e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)
