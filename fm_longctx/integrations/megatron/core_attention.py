@@ -63,6 +63,7 @@ class FlashMaskCoreAttention(MegatronModule):
             attention_dropout=attention_dropout,
             cp_comm_type=cp_comm_type,
             sharding=sharding,
+            without_mask=without_mask,
             cp_size=self.cp_size,
         )
         self.attn_mask_type = attn_mask_type

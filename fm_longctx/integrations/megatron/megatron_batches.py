@@ -112,8 +112,8 @@ def _document_bounds(params: PackedSeqParams, n: int) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{name} and {name.replace('_q', '_kv')} differ: self-attention has one set of documents.")
     if params.cu_seqlens_q is None:
         raise ValueError("a thd batch must bring cu_seqlens_q, the bounds of its documents; got None.")
-    real = params.cu_seqlens_q.cpu().long()
-    padded = real if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded.cpu().long()
+    real = _one_row(params.cu_seqlens_q)
+    padded = real if params.cu_seqlens_q_padded is None else _one_row(params.cu_seqlens_q_padded)
     if real.ndim != 1 or padded.shape != real.shape or int(padded[-1]) != n:
         raise ValueError(
             f"this thd batch has {n} tokens over all context-parallel ranks, so its bounds must be [documents + 1] and "
@@ -125,6 +125,12 @@ def _document_bounds(params: PackedSeqParams, n: int) -> tuple[Tensor, Tensor]:
         raise ValueError("a document of cu_seqlens_q is longer than cu_seqlens_q_padded leaves room for.")
     bounds = torch.stack([padded[:-1], ends], dim=1).flatten()
     return torch.cat([bounds, padded[-1:]]), padded
+
+
+def _one_row(bounds: Tensor) -> Tensor:
+    """Megatron's pretrain_gpt.py hands the bounds on as its loader made them, [1, documents + 1]."""
+    bounds = bounds.cpu().long()
+    return bounds[0] if bounds.ndim == 2 and len(bounds) == 1 else bounds
 
 
 def _gather_rows(attention_mask: Tensor, owners: Tensor, group: dist.ProcessGroup | None) -> Tensor:

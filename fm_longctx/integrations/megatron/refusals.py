@@ -27,6 +27,7 @@ def check_config(
     attention_dropout: float | None,
     cp_comm_type: Any,
     sharding: str,
+    without_mask: str,
     cp_size: int,
 ) -> None:
     """Raise a ValueError for whatever of the configuration the attention could only ignore."""
@@ -40,6 +41,13 @@ def check_config(
         raise ValueError(
             f"attention dropout {dropout} is not supported. Set attention_dropout=0.0 (--attention-dropout 0.0); "
             "Megatron's default is 0.1."
+        )
+    stages = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if without_mask == "causal" and (stages[0] > 2 or stages[1] is not None):
+        raise ValueError(
+            f'without_mask="causal" with {stages[0]} pipeline stages (virtual: {stages[1]}) is not supported: scripts '
+            "hand a batch's mask to the first and the last stage only, and the others would silently attend causally. "
+            'Pass FlashMaskParams.build(causal(N), sharding="zigzag") on every stage instead.'
         )
     for name, value, remedy in _unsupported(config):
         raise ValueError(f"{name}={value!r} is not supported by FlashMaskCoreAttention. {remedy}")

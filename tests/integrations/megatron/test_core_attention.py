@@ -116,10 +116,10 @@ def batches_of_every_kind():
     # thd: causal or whole documents, and padding that nobody sees.
     core = make(sharding="zigzag")
     q, k, v = inputs(11)
-    for mask_type, causal in ((AttnMaskType.causal, True), (AttnMaskType.padding_causal, True)):
-        params = thd([0, 4, 4, 11])
+    for bounds, mask_type in (([0, 4, 4, 11], AttnMaskType.causal), ([[0, 4, 11]], AttnMaskType.padding_causal)):
+        params = thd(bounds)
         out = core(q[:, 0], k[:, 0], v[:, 0], None, attn_mask_type=mask_type, packed_seq_params=params)
-        assert_close(out[:, None], dense(q, k, v, documents([4, 7], causal=causal)))
+        assert_close(out[:, None], dense(q, k, v, documents([4, 7])))
     params = thd([0, 3, 8], padded=[0, 5, 11])
     out = core(q[:, 0], k[:, 0], v[:, 0], None, attn_mask_type=AttnMaskType.padding, packed_seq_params=params)
     assert_close(out[:, None], dense(q, k, v, documents([3, 2, 5, 1], causal=False)))
@@ -244,6 +244,9 @@ def refusals():
             make(config)
     with pytest.raises(ValueError, match=r"attention dropout 0\.2"):
         make(attention_dropout=0.2)
+    for stages in ({"pipeline_model_parallel_size": 4}, {"virtual_pipeline_model_parallel_size": 2}):
+        with pytest.raises(ValueError, match="the others would silently attend causally"):
+            make(stages, sharding="zigzag", without_mask="causal")
     with pytest.raises(ValueError, match="is self-attention, got attention_type='cross'"):
         make(attention_type="cross")
 
