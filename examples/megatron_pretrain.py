@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 examples/megatron_pretrain.py --context-parallel-size 4 --tensor-model-parallel-size 2
 
-The lines that differ from any Megatron script are marked "fm_longctx". Flags have Megatron's names. A model of 70B
-parameters at 128K tokens on 128 GPUs of 80 GB (the sizes follow from Megatron's memory formulas; not run at this size):
+The lines that differ from any Megatron script are marked "fm_longctx". Flags have Megatron's names. For a model of 70B
+parameters at 128K tokens on 128 GPUs of 80 GB, start from these (they have not been run at this size):
 
     torchrun --nnodes 16 --nproc-per-node 8 ... examples/megatron_pretrain.py \\
         --num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --num-query-groups 8 \\

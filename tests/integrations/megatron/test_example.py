@@ -1,7 +1,9 @@
-"""The example as people start it: a few steps on two ranks, and its checkpoint continued on one."""
+"""The example as people start it: a few steps on two ranks, and its checkpoint continued on one; and what docs say."""
 
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +56,35 @@ def test_two_context_parallel_ranks_and_a_checkpoint_that_one_rank_continues(tmp
         assert labels == expected_labels
         assert loss == pytest.approx(expected_loss, abs=2e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
+
+
+def test_the_flags_for_70b_are_flags(monkeypatch):
+    """They are parsed, make a valid configuration of that many parameters, and fit the GPUs that they name."""
+    script = runpy.run_path(str(ROOT / "examples" / "megatron_pretrain.py"), run_name="example")
+    command = re.search(r"torchrun --nnodes .*?(?=\n\n)", script["__doc__"], re.DOTALL)[0].replace("\\\n", " ")
+    before, after = command.split("examples/megatron_pretrain.py")
+    monkeypatch.setattr(sys, "argv", ["megatron_pretrain.py", *shlex.split(after)])
+    args = script["parse_arguments"]()
+    config = script["core_transformer_config"](args)
+    assert config.sequence_parallel and config.bf16 and config.recompute_granularity == "full"
+
+    nodes, each = (int(re.search(rf"--{name} (\d+)", before)[1]) for name in ("nnodes", "nproc-per-node"))
+    shared = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
+    assert nodes * each % shared == 0 and args.seq_length == 128 * 1024
+    assert args.seq_length % (config.context_parallel_size * config.tensor_model_parallel_size) == 0
+    h, grouped = config.hidden_size, config.kv_channels * config.num_query_groups
+    layer = 2 * h * h + 2 * h * grouped + 3 * h * config.ffn_hidden_size + 2 * h
+    assert config.num_layers * layer + 2 * args.vocab_size * h + h == 70_553_706_496  # as Llama 3's
+
+
+def test_what_the_page_names_exists():
+    from fm_longctx.integrations import megatron
+
+    page = (ROOT / "docs" / "megatron.md").read_text()
+    (imported,) = re.findall(r"from fm_longctx\.integrations\.megatron import (.*)", page)
+    assert {name.strip() for name in imported.split(",")} < set(megatron.__all__)
+    assert all(hasattr(megatron, name) for name in megatron.__all__)
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (ROOT / "docs" / target).exists(), target
+    for name in re.findall(r"(?:tests|examples)/[\w/]+\.py", page):
+        assert (ROOT / name).exists(), name
