@@ -43,7 +43,7 @@ class FlashMaskParams(PackedSeqParams):
         cu_seqlens: the documents' bounds, `[documents + 1]`: only multi-token prediction needs these two.
     """
 
-    # Megatron only asks whether the format is "thd". Identity, not contents: the base class compares field by field.
+    # Identity: the base class, a dataclass, compares tensors field by field.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -58,7 +58,7 @@ class FlashMaskParams(PackedSeqParams):
         plan: ShardPlan | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
-        self.qkv_format = "sbhd"
+        self.qkv_format = "sbhd"  # Megatron treats nothing but "thd" specially
         self.context = context
         self.window_context, self.window = window_context, window
         self.sharding = sharding
@@ -92,7 +92,7 @@ class FlashMaskParams(PackedSeqParams):
             plan: the plan to use, made before (in a loader's worker); built here if not given.
             num_stages: as in `ShardPlan.build`.
             device: where attention runs; the current GPU, or the CPU where there is none, if not given.
-            check: compare the ranks' masks and plans (one small collective).
+            check: compare the ranks' masks and plans: one small collective, for which the host waits.
 
         Raises:
             ValueError: what does not fit together, or zigzag with a length that it cannot cut.

@@ -21,6 +21,7 @@ CASES = {
         tp=2, cp=2, window=(9, 0), config=SELECTIVE, sequence_parallel=True, use_distributed_optimizer=True
     ),
     "pp2 cp2 tree, full recompute": Run(pp=2, cp=2, mask="tree", micro_batches=3, length=70, config=FULL),
+    "pp2 cp2 tree, virtual stages": Run(pp=2, vp=2, cp=2, mask="tree", length=70, config={"num_layers": 4} | SELECTIVE),
     "dp2 cp2 documents": Run(dp=2, cp=2, length=71, use_distributed_optimizer=True),
     "cp2 MLA, selective recompute": Run(cp=2, length=71, mla=True, config=SELECTIVE),
     "cp2 MTP": Run(cp=2, length=71, config={"mtp_num_layers": 2}),

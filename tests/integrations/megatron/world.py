@@ -27,6 +27,7 @@ VOCABULARY = 32
 class Run:
     tp: int = 1
     pp: int = 1
+    vp: int | None = None
     cp: int = 1
     dp: int = 1
     mask: str = "documents"
@@ -50,6 +51,7 @@ class Run:
             self,
             tp=1,
             pp=1,
+            vp=None,
             cp=1,
             dp=1,
             oracle=True,
@@ -132,6 +134,7 @@ def make_config(run):
         hidden_dropout=0.0,
         tensor_model_parallel_size=run.tp,
         pipeline_model_parallel_size=run.pp,
+        virtual_pipeline_model_parallel_size=run.vp,
         context_parallel_size=run.cp,
         sequence_parallel=run.sequence_parallel,
         pipeline_dtype=torch.float32,
@@ -210,7 +213,7 @@ def roll_by_the_words(batch, tensor, **kwargs):
     return result, result.sum()
 
 
-def make_model(run, config):
+def make_model(run, config, vp_stage=None):
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
@@ -220,8 +223,9 @@ def make_model(run, config):
 
     layer = get_gpt_layer_local_spec(multi_latent_attention=run.mla)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    spec = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
-    last = parallel_state.is_pipeline_last_stage()
+    spec = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     mtp = None
     if config.mtp_num_layers and last:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
@@ -238,10 +242,11 @@ def make_model(run, config):
         spec,
         vocab_size=VOCABULARY,
         max_sequence_length=run.length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
+        pre_process=first,
         post_process=last,
         position_embedding_type="rope",
         mtp_block_spec=mtp,
+        vp_stage=vp_stage,
     )
     if run.oracle:
         for module in model.modules():
@@ -249,17 +254,18 @@ def make_model(run, config):
                 module.rotary_pos_emb = OracleRope(module.rotary_pos_emb)
     elif run.route == "plan":
         use_position_ids(model)
-    set_weights(model)
+    set_weights(model, config, vp_stage)
     return model
 
 
-def set_weights(model):
+def set_weights(model, config, vp_stage):
     """Each weight from its global name and shape: the same model, however it is cut."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    first = len(model.decoder.layers) * parallel_state.get_pipeline_model_parallel_rank()
+    first = get_transformer_layer_offset(config, vp_stage)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parts = name.split(".")
@@ -349,7 +355,10 @@ def start(run):
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=run.tp, pipeline_model_parallel_size=run.pp, context_parallel_size=run.cp
+        tensor_model_parallel_size=run.tp,
+        pipeline_model_parallel_size=run.pp,
+        virtual_pipeline_model_parallel_size=run.vp,
+        context_parallel_size=run.cp,
     )
     assert parallel_state.get_data_parallel_world_size() == run.dp
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -365,9 +374,9 @@ def _train(run):
 
     start(run)
     config = make_config(run)
-    bare = make_model(run, config)
+    bare = [make_model(run, config, vp_stage) for vp_stage in (range(run.vp) if run.vp else [None])]
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=run.use_distributed_optimizer)
-    model = DistributedDataParallel(config, ddp, bare)
+    chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in bare]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -376,12 +385,12 @@ def _train(run):
             clip_grad=1.0,
             use_distributed_optimizer=run.use_distributed_optimizer,
         ),
-        [model],
+        chunks,
     )
     dp_rank = parallel_state.get_data_parallel_rank()
 
     def forward_step(batches, model):
-        tensors, attention_mask, params = prepare(run, next(batches), bare)
+        tensors, attention_mask, params = prepare(run, next(batches), model)
         output = model(
             tensors["tokens"],
             tensors["position_ids"],
@@ -395,13 +404,14 @@ def _train(run):
     history = []
     for step in range(run.steps):
         mine = range(dp_rank * run.micro_batches, (dp_rank + 1) * run.micro_batches)
-        batches = iter([Batch(run, 1000 * step + i) for i in mine])
-        model.zero_grad_buffer()
+        batches = [Batch(run, 1000 * step + i) for i in mine]
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[model],
+            data_iterator=[iter(batches) for _ in chunks],
+            model=chunks,
             num_microbatches=run.micro_batches,
             seq_length=run.length,
             micro_batch_size=run.batch,
