@@ -81,7 +81,7 @@ def dense_context(
     version, contexts = _of_dense.get(memory, (attention_mask._version, {}))
     if version != attention_mask._version:
         contexts = {}
-    key = (attention_mask.storage_offset(), tokens, window, group)
+    key = (attention_mask.storage_offset(), attention_mask.shape, attention_mask.stride(), window, group)
     if key not in contexts:
         owners = zigzag_owners(torch.tensor([0, n]), world_size)
         mask = FlashMask.from_dense(~_gather_rows(attention_mask, owners, group))

@@ -77,6 +77,7 @@ class FlashMaskParams(PackedSeqParams):
         plan: ShardPlan | None = None,
         num_stages: int | None = None,
         device: torch.device | str | None = None,
+        pg_collection: Any = None,
         check: bool = True,
     ) -> FlashMaskParams:
         """From any mask of N rows and columns.
@@ -90,8 +91,9 @@ class FlashMaskParams(PackedSeqParams):
             window_size: the config's, where some or all layers have one: these get `mask` within the window.
             sharding: "plan" or "zigzag", as above.
             plan: the plan to use, made before (in a loader's worker); built here if not given.
-            num_stages: as in `ShardPlan.build`.
+            num_stages: as in `ShardPlan.build`; a given plan has its own.
             device: where attention runs; the current GPU, or the CPU where there is none, if not given.
+            pg_collection: the model's process groups (its `cp` and `tp` are used), if it was built with its own.
             check: compare the ranks' masks and plans: one small collective, for which the host waits.
 
         Raises:
@@ -106,18 +108,23 @@ class FlashMaskParams(PackedSeqParams):
                 raise ValueError(f"cu_seqlens end at {int(cu_seqlens[-1])} but the mask has {n} positions.")
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        world_size = parallel_state.get_context_parallel_world_size()
+        cp, tp = _groups(pg_collection)
+        world_size = dist.get_world_size(cp)
         masks = [mask.to("cpu")]
         if window_size is not None:
             masks.append(masks[0] & window_mask(n, window_size))
-        if plan is None:
-            if sharding == "zigzag":
-                owners = zigzag_owners(torch.tensor([0, n]), world_size)
+        if plan is not None and num_stages is not None:
+            raise ValueError("pass num_stages to ShardPlan.build: the plan that was given has its own.")
+        if sharding == "zigzag":
+            owners = zigzag_owners(torch.tensor([0, n]), world_size)
+            if plan is None:
                 plan = ShardPlan.from_owners(masks, owners, world_size, num_stages=num_stages)
-            else:
-                plan = ShardPlan.build(masks, world_size, num_stages=num_stages)
-        group = context_parallel_group()
-        contexts = [ContextParallel(group, plan, _local_heads(m), device=device, check=check) for m in masks]
+            elif not all(plan.rows(r).equal((owners == r).nonzero()[:, 0]) for r in range(world_size)):
+                raise ValueError("the plan's layout is not Megatron's. Leave it out, or use sharding=\"plan\".")
+        elif plan is None:
+            plan = ShardPlan.build(masks, world_size, num_stages=num_stages)
+        group = cp if world_size > 1 else None
+        contexts = [ContextParallel(group, plan, _local_heads(m, tp), device=device, check=check) for m in masks]
         return cls(
             contexts[0],
             window_context=contexts[1] if window_size is not None else None,
@@ -186,15 +193,16 @@ class FlashMaskParams(PackedSeqParams):
         )
 
 
-def context_parallel_group() -> dist.ProcessGroup | None:
-    """Megatron's context-parallel group; None if it has one rank."""
-    group = parallel_state.get_context_parallel_group()
-    return None if dist.get_world_size(group) == 1 else group
+def _groups(pg_collection: Any) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The context-parallel and the tensor-parallel group."""
+    if pg_collection is not None:
+        return pg_collection.cp, pg_collection.tp
+    return parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
 
 
-def _local_heads(mask: FlashMask) -> FlashMask:
+def _local_heads(mask: FlashMask, group: dist.ProcessGroup) -> FlashMask:
     """This tensor-parallel rank's heads of a mask that has several."""
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    ranks = dist.get_world_size(group)
     if mask.heads == 1 or ranks == 1:
         return mask
     if mask.heads % ranks:
@@ -202,7 +210,7 @@ def _local_heads(mask: FlashMask) -> FlashMask:
             f"{ranks} tensor-parallel ranks cannot share the mask's {mask.heads} heads. Give it 1 head or a multiple."
         )
     share = mask.heads // ranks
-    first = share * parallel_state.get_tensor_model_parallel_rank()
+    first = share * dist.get_rank(group)
     return FlashMask(
         mask.starts[:, first : first + share],
         mask.ends[:, first : first + share],

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from fm_longctx import FlashMask
+from fm_longctx import FlashMask, ShardPlan
 from fm_longctx.mask import builders
 from tests.distributed import run_ranks
 from tests.integrations.megatron.cpu import megatron_on_cpu
@@ -142,6 +142,8 @@ def batches_of_every_kind():
     finally:
         FlashMask.from_dense = from_dense
     assert len(megatron_batches._of_dense) == 1
+    alone = [x[:, :1] for x in (q, k, v)]
+    assert_close(core(*alone, masked[:1]), dense(*alone, ~masked[:1]))
     windowed = make({"window_size": (2, 0)}, sharding="zigzag")
     index = torch.arange(10)
     assert_close(windowed(q, k, v, masked), dense(q, k, v, ~masked & (index >= index[:, None] - 2)))
@@ -303,6 +305,7 @@ def refusals():
     with pytest.raises(ValueError, match=r"batch\['tokens'\] must be \[B, 8, \.\.\.\], got \[1, 4\]"):
         params.shard_batch({"tokens": torch.zeros(1, 4)})
     for options, words in (
+        ({"plan": ShardPlan.build(builders.causal(n), 1), "num_stages": 1}, "the plan that was given has its own"),
         ({"sharding": "ring"}, 'sharding must be "plan" or "zigzag"'),
         ({"position_ids": torch.arange(n), "sharding": "zigzag"}, "position_ids have no effect"),
         ({"position_ids": torch.arange(4)}, r"position_ids must be integers \[8\] or \[B, 8\]"),
@@ -330,13 +333,21 @@ def refusals_of_two_ranks():
         with pytest.raises(ValueError, match="cp_comm_type='a2a' chooses among TransformerEngine's exchanges"):
             make(run=run, cp_comm_type="a2a")
         make(run=run, cp_comm_type="p2p")
-        from fm_longctx import ContextParallel, ShardPlan
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        from fm_longctx import ContextParallel
         from fm_longctx.integrations.megatron import FlashMaskParams
 
         mask = builders.causal(8)
         alone = FlashMaskParams(ContextParallel(None, ShardPlan.build(mask, 1), mask))
         with pytest.raises(ValueError, match="are for 1 context-parallel ranks, but the layer has 2"):
             make(run=run)(*inputs(8), None, packed_seq_params=alone)
+        with pytest.raises(ValueError, match="the plan's layout is not Megatron's"):
+            FlashMaskParams.build(mask, sharding="zigzag", plan=ShardPlan.build(builders.full(8), 2, chunk_size=4))
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        zigzag = ShardPlan.from_owners(mask, torch.tensor([0, 0, 1, 1, 1, 1, 0, 0]), 2)
+        params = FlashMaskParams.build(mask, sharding="zigzag", plan=zigzag, pg_collection=groups)
+        assert params.context.group is groups.cp and params.max_seqlen_q == 8
         core = make(run=run, sharding="zigzag")
         q, k, v = (x[:, 0] for x in inputs(6))
         with pytest.raises(ValueError, match=r"document 0, positions 0\.\.5, into 2 x 2 equal chunks"):
