@@ -145,7 +145,7 @@ class ShardPlan:
             mask: N rows x N columns; one or several, as in `build`.
             owners: integers `[N]` on the CPU: the rank of every position. Runs of one rank become the chunks.
             world_size: ranks, >= 1.
-            num_stages: as in `build`.
+            num_stages: as in `build`, but 2 if not given.
 
         Raises:
             ValueError: as in `build`, or owners that do not name one of the ranks for each of the N positions.
@@ -157,8 +157,7 @@ class ShardPlan:
         """
         masks = (mask,) if isinstance(mask, FlashMask) else tuple(mask)
         _check_masks(masks)
-        stages = min(2, world_size) if num_stages is None else num_stages
-        _check_numbers(world_size, None, stages)
+        _check_numbers(world_size, None, num_stages, head_parallel=1)
         n = masks[0].num_rows
         if owners.shape != (n,) or owners.is_floating_point():
             raise ValueError(f"owners must be {n} integers, one a position, got {owners.dtype} {list(owners.shape)}.")
@@ -168,17 +167,20 @@ class ShardPlan:
             )
         ranks = owners.numpy().astype(np.int64)
         first = np.flatnonzero(np.diff(ranks, prepend=-1))
-        bounds = np.append(first, n).astype(np.int64)
+        bounds, ranks = np.append(first, n).astype(np.int64), ranks[first]
         masks = tuple(m.to("cpu") for m in masks)
-        area = sum(chunk_tables(segments(m, bounds), bounds)[0].sum(1) for m in masks)
-        areas = np.bincount(ranks[first], area, world_size).astype(np.int64)
+        areas = sum(exchange_tables(m, bounds, ranks, world_size)[0].sum(1) for m in masks)
         return cls(
             world_size=world_size,
-            num_stages=stages,
+            num_stages=min(2, world_size) if num_stages is None else num_stages,
             bounds=torch.from_numpy(bounds),
-            owners=torch.from_numpy(ranks[first]),
+            owners=torch.from_numpy(ranks),
             areas=tuple(areas.tolist()),
             masks=masks,
+            weights=(1,) * len(masks),
+            head_parallel=1,
+            strategy="given",
+            cost=CostModel(),
         )
 
     # Layout
