@@ -12,6 +12,7 @@ from fm_longctx import FlashMask
 from fm_longctx.integrations import transformers as integration
 from fm_longctx.integrations.transformers import DataCollatorForFlashMask, sequence_log_probs
 from tests.integrations.families import WINDOW, assert_close, make
+from tests.integrations.separate import log_probs
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -25,36 +26,12 @@ def registered():
     integration.register()
 
 
-def paths(feature):
-    """Every sequence of a feature, said anew: (tokens before it, its tokens), the tokens that are to be predicted."""
-    if "input_ids" in feature:
-        return [([], feature["input_ids"])]
-    if "segments" in feature:
-        before = {-1: []}
-        result = []
-        for i, (tokens, parent) in enumerate(zip(feature["segments"], feature["parents"], strict=True)):
-            result.append((before[parent], tokens))
-            before[i] = before[parent] + tokens
-        return result
-    if "completion_ids" in feature:
-        return [(feature["prompt_ids"], answer) for answer in feature["completion_ids"]]
-    return [(feature["prompt_ids"], feature[key]) for key in ("chosen_ids", "rejected_ids")]
-
-
 def apart(family, features):
     """Each sequence alone: its log-probability, and the gradients of the sum of all losses."""
     model = make(family, "eager")
-    sums = []
-    for before, tokens in (path for feature in features for path in paths(feature)):
-        if len(before) + len(tokens) < 2:
-            sums.append(torch.zeros(()))
-            continue
-        ids = torch.tensor([before + tokens])
-        logits = model(ids, use_cache=False).logits[0, :-1]
-        chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        sums.append(chosen[max(0, len(before) - 1) :].sum())
-    (-sum(sums)).backward()
-    return {"sums": torch.stack(sums).detach()} | {n: p.grad for n, p in model.named_parameters()}
+    sums, _ = log_probs(model, features)
+    (-sums.sum()).backward()
+    return {"sums": sums.detach()} | {n: p.grad for n, p in model.named_parameters()}
 
 
 def packed(family, features, **options):

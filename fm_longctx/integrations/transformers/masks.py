@@ -191,9 +191,10 @@ def within_window(mask: FlashMask, window: int, position_ids: Tensor | None) -> 
             if bool(((mask & runs).area() != mask.area()).any()):
                 raise ValueError(
                     f"a layer has sliding_window={window}, and flashmask= joins tokens whose position_ids do not "
-                    "follow one another (a tree, a shared question, or packed documents of another split), where a window "
-                    'of positions is not a window of rows. Pass flashmask={"full_attention": ..., "sliding_attention": '
-                    "...} with a mask for each kind of layer, or set sliding_window=None in the model's config."
+                    "follow one another (a tree, a shared question, or packed documents of another split): there a "
+                    "window of positions is not a window of rows. Pass a mask for each kind of layer, "
+                    'flashmask={"full_attention": ..., "sliding_attention": ...}, as DataCollatorForFlashMask('
+                    "sliding_window=...) makes them, or set sliding_window=None in the model's config."
                 )
         row = torch.arange(n_k, device=mask.device)[None] - (n_k - n_q)
         interval = (row + window, torch.full_like(row, n_q))

@@ -96,7 +96,8 @@ class ContextParallelTrainerMixin(_Base):
     def _ranks(self) -> Ranks:
         """The groups of this run; made at the first call, by all ranks together, where DeepSpeed did not make them."""
         size = self._size()
-        made: Ranks | None = getattr(getattr(self, "model_wrapped", None), "flashmask", None)
+        section: Any = getattr(getattr(self, "model_wrapped", None), "flashmask", None)
+        made: Ranks | None = getattr(section, "ranks", None)
         if made is not None and made.size != size:
             raise ValueError(
                 f"the DeepSpeed config says flashmask.context_parallel_size={made.size}, but the collator was made "

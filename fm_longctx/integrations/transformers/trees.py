@@ -116,8 +116,8 @@ def windowed(packed: Packed, window: int) -> FlashMask:
     first = 0
     for end, nodes in trees.items():
         bounds = torch.tensor([node for node in nodes if node[0] < node[1]]) - torch.tensor([first, first, 0])
-        begins, ends, position = (column[:, None] for column in bounds.unbind(1))
-        hidden_from = packed.positions[first:end] + window - position + begins
+        begins, ends, depth = (column[:, None] for column in bounds.unbind(1))
+        hidden_from = packed.positions[first:end] + window - depth + begins
         starts = torch.minimum(torch.maximum(hidden_from, begins), ends)
         intervals = FlashMask(
             starts[None, None].int(), ends.expand_as(starts)[None, None].int(), causal=True, num_rows=end - first
