@@ -119,8 +119,8 @@ class FlashMaskRun:
 
         The step's labels over all ranks and micro-batches, over (ranks x micro-batches), since DeepSpeed averages
         over both: `F.cross_entropy(..., reduction="sum") / num_items`, or `num_items_in_batch=` of a Hugging Face
-        model. Every label then weighs the same. The mean of the losses over ranks and micro-batches is the step's loss. A
-        collective: every rank calls it.
+        model. Every label then weighs the same. The mean of the losses over ranks and micro-batches is the step's
+        loss. A collective: every rank calls it.
         """
         counts = [self._labels(batch) for batch in batches]
         steps = self._engine.gradient_accumulation_steps()
