@@ -141,6 +141,27 @@ def test_trainer_over_two_ranks_equals_one(family, stage, tmp_path):
             assert (weights[name] - exact).abs().max() <= 3e-5 * (exact - start[name]).abs().max() + rounding, name
 
 
+def evaluated_first(folder):
+    forget()
+    integration.register()
+    try:
+        collator = DataCollatorForFlashMask(context_parallel_size=2)
+        data = {"train_dataset": FEATURES, "eval_dataset": FEATURES}
+        trainer = LongTrainer(make("llama", integration.NAME), arguments(folder), data_collator=collator, **data)
+        trainer.evaluate()
+        trainer.train()
+    except ValueError as error:
+        return str(error)
+    finally:
+        forget()
+
+
+def test_a_model_that_was_evaluated_first_is_refused(tmp_path):
+    """The Trainer would not wrap it, and gradients would stay each rank's own."""
+    for said in run_ranks(2, evaluated_first, str(tmp_path), timeout=120):
+        assert "gradients would not be averaged" in said
+
+
 def refused(folder):
     forget()
     said = []

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fm_longctx.integrations.groups import Ranks, context_parallel_ranks
@@ -60,6 +61,22 @@ class ContextParallelTrainerMixin(_Base):
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset.")
         return self._loader(dataset, self.args.eval_batch_size, shuffle=False)
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, if gradients will be averaged over the ranks.
+
+        Raises:
+            ValueError: a model that data parallelism does not wrap; one that was evaluated first is left so.
+        """
+        kind = self.accelerator.distributed_type.value
+        plain = not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
+        if self._size() > 1 and kind.startswith("MULTI_") and plain:
+            raise ValueError(
+                "the model is not wrapped for data parallelism, so gradients would not be averaged over ranks. The "
+                "Trainer leaves out the wrapper where the model was evaluated before train(): evaluate after it, or "
+                "with another Trainer."
+            )
+        return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
