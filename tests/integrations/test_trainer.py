@@ -1,5 +1,7 @@
 """The Hugging Face Trainer over sharded sequences, with torch's data parallelism and with DeepSpeed: as on one rank."""
 
+import os
+
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
@@ -60,8 +62,11 @@ def arguments(folder, **changes):
 
 
 def forget():
-    """Accelerate keeps the process group of the last call."""
+    """Accelerate keeps the process group of the last call, and in the environment that it used DeepSpeed."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
