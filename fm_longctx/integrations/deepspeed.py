@@ -197,7 +197,7 @@ def uninstall() -> None:
 
 def _library() -> Any:
     try:
-        import deepspeed  # type: ignore[import-untyped]
+        import deepspeed
     except ImportError as error:
         raise ValueError(
             "the DeepSpeed integration needs deepspeed. Install it with: pip install 'fm_longctx[deepspeed]'."
@@ -240,7 +240,7 @@ def _initialize(
 
 def _config(call: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a call, wherever DeepSpeed looks for it; a shallow copy."""
-    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # type: ignore[import-untyped]
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
     given = [call.get("config"), call.get("config_params"), getattr(call.get("args"), "deepspeed_config", None)]
     config = next((one for one in given if one is not None), None)
@@ -261,7 +261,7 @@ def _without_config(call: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_conflicts(call: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """What would scale gradients, or cut sequences, a second time."""
-    from deepspeed.pipe import PipelineModule  # type: ignore[import-untyped]
+    from deepspeed.pipe import PipelineModule
 
     def above_one(*path: str) -> bool:
         value: Any = config
