@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from fm_longctx.context_parallel.assign import STRATEGIES
 from fm_longctx.integrations.groups import Ranks, context_parallel_ranks
 from fm_longctx.integrations.transformers import NAME, DataCollatorForFlashMask, register
 from fm_longctx.integrations.transformers.collator import PlannedContext
@@ -42,7 +43,6 @@ SECTION = "flashmask"
 """The key of our section in a DeepSpeed config."""
 
 _TESTED = "0.19"
-_STRATEGIES = ("balanced",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class FlashMaskSection:
     context_parallel_size: int = 1
     """Consecutive ranks that share each sequence."""
     strategy: str = "balanced"
-    """How rows are dealt to ranks. "balanced": equal tokens, equal area of the mask, few keys to receive."""
+    """How rows are dealt to ranks, as in `ShardPlan.build`: "balanced", "zigzag" or "contiguous"."""
     chunk_size: int | None = None
     """Positions in a chunk, as in `ShardPlan.build`; chosen by length and ranks if null."""
     num_stages: int | None = None
@@ -71,8 +71,8 @@ class FlashMaskSection:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 also = " or null" if optional else ""
                 raise ValueError(f"{SECTION}.{name} must be an integer >= 1{also}, got {value!r}.")
-        if self.strategy not in _STRATEGIES:
-            raise ValueError(f"{SECTION}.strategy must be one of {list(_STRATEGIES)}, got {self.strategy!r}.")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"{SECTION}.strategy must be one of {list(STRATEGIES)}, got {self.strategy!r}.")
 
     @classmethod
     def parse(cls, section: Any) -> FlashMaskSection:
@@ -98,7 +98,6 @@ class FlashMaskRun:
     def collator(self, **options: Any) -> DataCollatorForFlashMask:
         """A collator that cuts out this rank's part; options as of `DataCollatorForFlashMask`."""
         own = asdict(self.section)
-        del own["strategy"]  # there is one
         return DataCollatorForFlashMask(context_parallel_rank=self.ranks.rank, **own, **options)
 
     def sampler(self, dataset: Dataset, **options: Any) -> DistributedSampler:

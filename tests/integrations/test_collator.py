@@ -101,17 +101,23 @@ def test_labels_that_are_given_are_kept():
     assert batch["flashmask"].fingerprint() == FlashMask.from_lengths([6, 2]).fingerprint()
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_shards_together_are_the_whole(size):
+@pytest.mark.parametrize("size, strategy", [(2, "balanced"), (3, "balanced"), (2, "zigzag")])
+def test_shards_together_are_the_whole(size, strategy):
     features = MIXED
     whole = DataCollatorForFlashMask(sliding_window=WINDOW, return_sequence_ids=True)(features)
-    options = {"sliding_window": WINDOW, "return_sequence_ids": True, "context_parallel_size": size}
+    options = {
+        "sliding_window": WINDOW,
+        "return_sequence_ids": True,
+        "context_parallel_size": size,
+        "strategy": strategy,
+    }
     parts = [
         pickle.loads(pickle.dumps(DataCollatorForFlashMask(context_parallel_rank=r, **options)))(features)
         for r in range(size)
     ]
     parts = pickle.loads(pickle.dumps(parts))  # a dataloader's worker sends them so
     plan = parts[0]["context"].plan
+    assert plan.strategy == strategy
     assert {part["context"].plan.fingerprint() for part in parts} == {plan.fingerprint()}
     for key in ("input_ids", "position_ids", "sequence_ids"):
         assert torch.equal(plan.unshard([part[key] for part in parts], 1), whole[key]), key

@@ -291,7 +291,7 @@ SAID = [
     "flashmask.context_parallel_sise is not known. Did you mean context_parallel_size?",
     "flashmask.context_parallel_size must be an integer >= 1, got 0",
     "flashmask.chunk_size must be an integer >= 1 or null, got '4'",
-    "flashmask.strategy must be one of ['balanced'], got 'ring'",
+    "flashmask.strategy must be one of ['balanced', 'zigzag', 'contiguous'], got 'ring'",
     '"flashmask" must be a mapping',
     "context_parallel_size=3 does not divide the 2 ranks",
 ]

@@ -65,7 +65,7 @@ class DataCollatorForFlashMask:
         return_sequence_ids: add `sequence_ids`, for `sequence_log_probs`.
         context_parallel_size: ranks that share each sequence. Above 1 all of them must be given the same features.
         context_parallel_rank: which of them this is; RANK in the environment, modulo their number, if not given.
-        chunk_size, num_stages: as in `ShardPlan.build`.
+        strategy, chunk_size, num_stages: as in `ShardPlan.build`.
 
     Returns:
         a batch for the model's call: `input_ids`, `position_ids`, `labels` int64 `[1, N]`, `flashmask`. With several
@@ -83,6 +83,7 @@ class DataCollatorForFlashMask:
         return_sequence_ids: bool = False,
         context_parallel_size: int = 1,
         context_parallel_rank: int | None = None,
+        strategy: str = "balanced",
         chunk_size: int | None = None,
         num_stages: int | None = None,
     ) -> None:
@@ -103,7 +104,7 @@ class DataCollatorForFlashMask:
         self.pad_token_id, self.pad_to_multiple_of, self.max_length = pad_token_id, pad_to_multiple_of, max_length
         self.sliding_window, self.return_sequence_ids = sliding_window, return_sequence_ids
         self.context_parallel_size, self.context_parallel_rank = context_parallel_size, context_parallel_rank
-        self.chunk_size, self.num_stages = chunk_size, num_stages
+        self.strategy, self.chunk_size, self.num_stages = strategy, chunk_size, num_stages
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not features:
@@ -142,7 +143,13 @@ class DataCollatorForFlashMask:
 
     def _part(self, packed: Packed, masks: dict[str, FlashMask]) -> dict[str, Any]:
         size, rank = self.context_parallel_size, self.context_parallel_rank
-        plan = ShardPlan.build(list(masks.values()), size, chunk_size=self.chunk_size, num_stages=self.num_stages)
+        plan = ShardPlan.build(
+            list(masks.values()),
+            size,
+            strategy=self.strategy,
+            chunk_size=self.chunk_size,
+            num_stages=self.num_stages,
+        )
         labels = plan.shard(packed.labels, rank, 0)[None]
         batch: dict[str, Any] = {
             "input_ids": plan.shard(packed.tokens, rank, 0)[None],
