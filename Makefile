@@ -1,6 +1,7 @@
 # make demo    train a small model on two CPU processes, packed and context-parallel: the main job, in a few minutes
 # make test    every test
 # make checks  lint, types and test
+# make nightly thousands of random masks, where `make test` tries hundreds
 #
 # Each makes .venv with what it needs, pinned in requirements/, and does so again only when those files change.
 # PYTHON=python3.12 make test   uses another interpreter. pip's own settings (PIP_EXTRA_INDEX_URL, ...) are respected.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types checks pictures clean
+.PHONY: help demo test nightly lint types checks pictures clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +25,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	@echo "== Tests"
 	@$(BIN)/python -m pytest
+
+nightly: $(VENV)/.dev
+	@echo "== Thousands of random masks"
+	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/mask tests/attention/test_properties.py --timeout=0
 
 lint: $(VENV)/.dev
 	@echo "== Lint: ruff"

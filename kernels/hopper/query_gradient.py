@@ -1,6 +1,6 @@
 """The Hopper kernel for dQ alone, in Gluon: what a bitwise repeatable backward takes beside dK and dV.
 
-As the forward: a TMA producer warp walks the row-block's tile list, two consumer warpgroups own 64 query rows each.
+As the forward: a TMA producer warp walks the row-block's tiles, two consumer warpgroups own 64 query rows each.
 Every dQ has one writer and one order of summation. dS goes to the tensor cores from registers.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, the part of it that belongs to a row-block.

@@ -225,7 +225,7 @@ def _narrowest(*windows: int | None) -> int | None:
 
 
 def _on_device(mask: FlashMask, device: torch.device) -> FlashMask:
-    """The mask there, copied once and kept on the one that was given, so that its tile lists are kept too."""
+    """The mask there, copied once and kept on the one that was given, so that its schedules are kept too."""
     key = (NAME, "on", device)
     if key not in mask.cache:
         mask.cache[key] = mask.to(device)
