@@ -1,4 +1,4 @@
-"""The portable forward kernel: one program per row-block and query head, online softmax over the tiles that the block visits.
+"""The portable forward kernel: one program per row-block and query head, online softmax over the tiles it visits.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's visible tiles only (arXiv 2410.01359).
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,38 @@ from fm_longctx.context_parallel.stages import Stage
 from fm_longctx.mask import FlashMask
 
 
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: ContextParallel,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    refetch: bool = False,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: ContextParallel,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+    refetch: bool = False,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
 @torch.compiler.disable
 def context_parallel_attention(
     q: Tensor,
@@ -42,22 +74,24 @@ def context_parallel_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    return_lse: bool = False,
     refetch: bool = False,
     backend: str | None = None,
     deterministic: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's rows to every column that they see, wherever it lives. A collective: all ranks call it.
 
     Args:
         q: `[B, T, H, D]`, the rank's rows (`plan.shard(x, rank, dim=1)`), in a dtype that `flashmask_attention` takes.
         k, v: `[B, T, H_kv, D]` and `[B, T, H_kv, D_v]`, the same rows' keys and values.
         context: group, plan and mask.
-        scale, softcap, backend, deterministic: as in `flashmask_attention`.
+        scale, softcap, return_lse, backend, deterministic: as in `flashmask_attention`.
         refetch: fetch the keys of other ranks again in the backward instead of keeping them: the forward's traffic
             twice, and no memory for received keys between the two.
 
     Returns:
-        out `[B, T, H, D_v]` in q's dtype, the rank's rows of what `flashmask_attention` gives for the whole sequence.
+        out `[B, T, H, D_v]` in q's dtype, the rank's rows of what `flashmask_attention` gives for the whole sequence;
+        with `return_lse` also their lse `[B, H, T]`, float32 and differentiable.
 
     Raises:
         ValueError: inputs that do not fit together or do not have the rank's rows, or (with the context's `check`) that
@@ -96,8 +130,15 @@ def context_parallel_attention(
     cap = None if softcap is None else float(softcap)
     options: dict[str, Any] = dict(scale=scale, softcap=cap, backend=resolve_backend(backend, q, v, intervals, cap))
     strict = deterministic or torch_is_strict()
-    out: Tensor = _Attention.apply(q, k, v, stages, context.group, refetch, strict, options)
-    return out if context.members == 1 else to_rows(out, context)
+    out: Tensor
+    lse: Tensor
+    out, lse = _Attention.apply(q, k, v, stages, context.group, refetch, strict, options)
+    if context.members > 1:
+        out = to_rows(out, context)
+        if return_lse:
+            # As if it were values of one number each.
+            lse = to_rows(lse.transpose(1, 2)[..., None], context)[..., 0].transpose(1, 2)
+    return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
@@ -112,7 +153,7 @@ class _Attention(torch.autograd.Function):
         refetch: bool,
         deterministic: bool,
         options: dict[str, Any],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(q.dtype, torch.float32)
         received: list[Tensor] = []
         out = lse = None
@@ -134,14 +175,16 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, *received)
         ctx.stages, ctx.group, ctx.refetch, ctx.options = stages, group, refetch, options
         ctx.deterministic = deterministic
-        return out
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *received = ctx.saved_tensors
         stages: tuple[Stage, ...] = ctx.stages
         exact = torch.promote_types(q.dtype, torch.float32)
-        delta = attention_delta(out, dout, backend=ctx.options["backend"])
+        dout = torch.zeros_like(out) if dout is None else dout
+        delta = attention_delta(out, dout, dlse, backend=ctx.options["backend"])
         dq = torch.zeros_like(q, dtype=exact)
 
         def gradients(stage: Stage, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,31 +270,38 @@ def test_stages_without_a_visible_score_launch_nothing():
     assert run_ranks(3, calls_of_kernels, full, strategy="contiguous", num_stages=3) == [[3, 3]] * 3
 
 
-def with_softcap():
-    """Passed on to the passes only if it is asked for."""
-    group, mask = dist.group.WORLD, builders.causal(20)
-    context = ContextParallel(group, ShardPlan.build(mask, 2), mask)
-    q = torch.randn(1, 10, 2, 8)
-    seen = []
-    original = module.attention_forward
-
-    def watched(*args, softcap=None, **kwargs):
-        seen.append(softcap)
-        return original(*args, **kwargs)
-
-    module.attention_forward = watched
-    try:
-        context_parallel_attention(q, q, q, context)
-        context_parallel_attention(q, q, q, context, softcap=30.0)
-    finally:
-        module.attention_forward = original
-    return seen
+def with_lse_and_softcap(mask, inputs, dlse, **options):
+    """On one rank: its rows, out, lse and the gradients of a loss on both, of scores capped at 1.5."""
+    rank = dist.get_rank()
+    plan = ShardPlan.build(mask, dist.get_world_size(), **options)
+    context = ContextParallel(dist.group.WORLD, plan, mask)
+    q, k, v, dout = (plan.shard(x, rank, 1) for x in inputs)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, lse = context_parallel_attention(q, k, v, context, softcap=1.5, return_lse=True)
+    torch.autograd.backward([out, lse.where(lse.isfinite(), 0)], [dout, plan.shard(dlse, rank, 2)])
+    return plan.rows(rank), out.detach(), lse.detach().transpose(1, 2), q.grad, k.grad, v.grad
 
 
-def test_softcap_reaches_every_stage():
-    for seen in run_ranks(2, with_softcap):
-        half = len(seen) // 2
-        assert half >= 1 and seen == [None] * half + [30.0] * half
+@pytest.mark.parametrize("world_size, head_parallel", [(3, 1), (4, 2)])
+def test_lse_and_softcap(world_size, head_parallel):
+    n = 47
+    visible = torch.ones(n, n, dtype=torch.bool).tril()
+    visible[20:30] = False
+    inputs = make_inputs(n=n, batch=2, heads=4, kv_heads=2, d=8)
+    dlse = torch.randn(2, 4, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mask = FlashMask.from_dense(visible)
+    by_rank = run_ranks(world_size, with_lse_and_softcap, mask, inputs, dlse, head_parallel=head_parallel)
+    q, k, v, dout = inputs
+
+    def dense(q, k, v):
+        return dense_attention(q, k, v, visible[None, None], 1 / math.sqrt(8), softcap=1.5)
+
+    want = gradients(dense, q, k, v, dout, dlse)
+    for part, whole in enumerate((want.out, want.lse.transpose(1, 2), want.dq, want.dk, want.dv), start=1):
+        got = torch.full_like(whole, torch.nan)
+        for shard in by_rank:
+            got[:, shard[0]] = shard[part]
+        torch.testing.assert_close(got, whole, rtol=1e-11, atol=1e-11)
 
 
 def through_the_host(mask, inputs):

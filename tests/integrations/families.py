@@ -1,8 +1,5 @@
 """Tiny models of each family, with random weights that make attention matter, and what they are compared on."""
 
-import inspect
-
-import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -13,8 +10,6 @@ from transformers import (
     MistralConfig,
     Qwen3Config,
 )
-
-from fm_longctx import flashmask_attention
 
 WINDOW = 9
 LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
@@ -40,9 +35,7 @@ FAMILIES = {
         (WINDOW, None, WINDOW),
     ),
 }
-SOFTCAP = "softcap" in inspect.signature(flashmask_attention).parameters
-needs_softcap = pytest.mark.skipif(not SOFTCAP, reason="flashmask_attention has no softcap")
-ALL = [pytest.param(name, marks=needs_softcap) if name == "gemma2" else name for name in FAMILIES]
+ALL = list(FAMILIES)
 
 
 def make(family, implementation, **changes):

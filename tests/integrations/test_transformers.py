@@ -99,10 +99,14 @@ def test_a_mask_for_each_kind_of_layer():
         outcome(make("gemma3", integration.NAME), flashmask={"full_attention": MASK})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt-oss"])
 def test_a_context_equals_eager(family):
-    context = ContextParallel(None, ShardPlan.build(MASK, 1), MASK)
-    assert_close(outcome(make(family, integration.NAME), context=context), eager(family))
+    """Softcap and sinks included; a context for each kind of layer where there are two."""
+    masks = {"full_attention": MASK, "sliding_attention": MASK & builders.sliding_window(N, WINDOW)}
+    plan = ShardPlan.build(list(masks.values()), 1)
+    contexts = {kind: ContextParallel(None, plan, mask) for kind, mask in masks.items()}
+    one = contexts["full_attention"] if FAMILIES[family][2] == (None,) * 3 else contexts
+    assert_close(outcome(make(family, integration.NAME), context=one), eager(family))
 
 
 def test_a_context_whose_mask_has_the_window_already():
@@ -266,7 +270,6 @@ CONTEXT = ContextParallel(None, ShardPlan.build(MASK, 1), MASK)
         ("llama", {}, {"flashmask": MASK.to("meta")}, "the mask is on meta but q is on cpu"),
         ("llama", {"is_causal": False}, {}, "attention that is not causal"),
         ("gemma3", {"use_bidirectional_attention": True}, {}, "not a causal, sliding-window or packed one"),
-        ("gpt-oss", {}, {"context": CONTEXT}, "attention sinks .s_aux. cannot be combined with context="),
         ("llama", {}, {"cu_seq_lens_q": torch.tensor([0, 3, N]), "cu_seq_lens_k": torch.tensor([0, 4, N])}, "differ"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,10 +94,13 @@ def attention(
         mask = _on_device(mask, q.device)
     if s_aux is None:
         return flashmask_attention(q, k, v, mask, scale=scaling, **options), None
-    out, lse = flashmask_attention(q, k, v, mask, scale=scaling, return_lse=True, **options)
-    # A sink adds exp(sink) to the denominator of its head's rows: out * exp(lse) / (exp(lse) + exp(sink)).
+    return _with_sinks(*flashmask_attention(q, k, v, mask, scale=scaling, return_lse=True, **options), s_aux), None
+
+
+def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
+    """out `[B, N, H, D]` with one more logit a head in the softmax: out * exp(lse) / (exp(lse) + exp(sink))."""
     gate = torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None]).transpose(1, 2)[..., None]
-    return (out * gate).to(out.dtype), None
+    return (out * gate).to(out.dtype)
 
 
 def _derived(
@@ -158,10 +160,6 @@ def _over_ranks(
     s_aux: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    unknown = set(options) - set(inspect.signature(context_parallel_attention).parameters)
-    if s_aux is not None or unknown:
-        what = "attention sinks (s_aux)" if s_aux is not None else ", ".join(sorted(unknown))
-        raise ValueError(f"{what} cannot be combined with context= yet. Train this model with one rank per sequence.")
     if request is not None and request.padding is not None and not bool(request.padding.all()):
         raise ValueError(
             "attention_mask hides tokens, which context= does not know: its mask is planned for whole sequences. Build "
@@ -180,7 +178,9 @@ def _over_ranks(
         )
     if sliding_window is not None and not isinstance(context, Mapping):
         _check_window(one, sliding_window)
-    return context_parallel_attention(q, k, v, one, **options)
+    if s_aux is None:
+        return context_parallel_attention(q, k, v, one, **options)
+    return _with_sinks(*context_parallel_attention(q, k, v, one, return_lse=True, **options), s_aux)
 
 
 def _of_kind(name: str, given: Any, sliding_window: int | None) -> Any:
@@ -195,6 +195,11 @@ def _of_kind(name: str, given: Any, sliding_window: int | None) -> Any:
 
 def _check_window(context: ContextParallel, window: int) -> None:
     """The layer wants a sliding window: accept a context only if its mask already hides what lies outside."""
+    if context.members > 1:
+        raise ValueError(
+            f"this layer has sliding_window={window}, which cannot be compared with the mask of a context with head "
+            'parallelism. Pass context={"full_attention": ..., "sliding_attention": ...}.'
+        )
     for stage in context.stages:
         mask, columns = stage.mask, stage.columns.cpu()
         key = (NAME, "within window", window)
