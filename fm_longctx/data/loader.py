@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +69,7 @@ class Loader(Iterator[Batch]):
         batch_size: B, sequences of one data rank in a micro-batch.
         dp_rank, dp_size: which data rank this is, of how many.
         cp_rank, cp_size: which context rank this is, of how many.
-        chunk_size: tokens in the plan's unit of sharding; None lets the plan choose.
+        plan_options: further arguments of `ShardPlan.build`, such as `chunk_size`; none lets the plan choose.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Loader(Iterator[Batch]):
         dp_size: int = 1,
         cp_rank: int = 0,
         cp_size: int = 1,
-        chunk_size: int | None = None,
+        plan_options: Mapping[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         for name, rank, size in (("dp", dp_rank, dp_size), ("cp", cp_rank, cp_size)):
             if not 0 <= rank < size:
                 raise ValueError(f"{name}_rank must be in [0, {name}_size), got {rank} of {size}.")
-        self.stream, self.batch_size, self.chunk_size = stream, batch_size, chunk_size
+        self.stream, self.batch_size, self.plan_options = stream, batch_size, dict(plan_options or {})
         self.dp_rank, self.dp_size, self.cp_rank, self.cp_size = dp_rank, dp_size, cp_rank, cp_size
         self._next = 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fm_longctx-loader")
@@ -110,7 +110,7 @@ class Loader(Iterator[Batch]):
         labels = torch.stack([p.labels for p in packed])
         positions = torch.stack([p.positions for p in packed])
         mask = FlashMask.from_position_ids(positions)
-        plan = ShardPlan.build(mask, self.cp_size, chunk_size=self.chunk_size)
+        plan = ShardPlan.build(mask, self.cp_size, **self.plan_options)
         plan.received_fraction  # noqa: B018  (computed and kept here, ahead of the step that reports it)
         return Batch(
             tokens=plan.shard(torch.stack([p.tokens for p in packed]), self.cp_rank, 1),

@@ -26,7 +26,7 @@ def describe(config: Config) -> str:
         batch_size=config.data.batch_size,
         dp_size=data,
         cp_size=context,
-        chunk_size=config.parallel.chunk_size,
+        plan_options=config.parallel.plan_options,
     )
     try:
         batch = loader.make(0)

@@ -144,7 +144,7 @@ def make_loader(config: Config, world: World) -> Loader:
         dp_size=world.dp_size,
         cp_rank=world.cp_rank,
         cp_size=world.cp_size,
-        chunk_size=config.parallel.chunk_size,
+        plan_options=config.parallel.plan_options,
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from fm_longctx.context_parallel.assign import STRATEGIES
 from fm_longctx.context_parallel.cost import CostModel
@@ -48,9 +49,10 @@ def _parser(usage: str | None) -> _Parser:
     parser.add_argument("--ranks", type=int, help="ranks that share the sequence; with --config its parallel.context")
     parser.add_argument("--mask", choices=MASKS, default="causal", help="within each document (causal)")
     parser.add_argument("--window", type=int, help="a row sees so many columns at most, itself included")
-    parser.add_argument("--strategy", default="balanced", help=f"one of {', '.join(STRATEGIES)} (balanced)")
-    parser.add_argument("--chunk-size", type=int, help="tokens in a chunk; chosen if not given")
-    parser.add_argument("--stages", type=int, help="stages of the exchange; chosen if not given")
+    parser.add_argument("--strategy", help=f"one of {', '.join(STRATEGIES)} (balanced, or the config's)")
+    parser.add_argument("--chunk-size", type=int, help="tokens in a chunk; chosen, or the config's, if not given")
+    parser.add_argument("--stages", type=int, help="stages of the exchange; chosen, or the config's, if not given")
+    parser.add_argument("--head-parallel", type=int, help="ranks that split heads instead of keys (1, or the config's)")
     parser.add_argument("--draw", metavar="PATH", help="save a picture as well, .png or .svg")
     cost = parser.add_argument_group("cost model", "what the times are predicted from; with --config heads are its own")
     defaults = CostModel()
@@ -64,12 +66,11 @@ def _parser(usage: str | None) -> _Parser:
 def _plan(options: argparse.Namespace) -> ShardPlan:
     shape = {f.name: getattr(options, f.name) for f in fields(CostModel) if getattr(options, f.name) is not None}
     if options.config is not None:
-        lengths, ranks, chunk_size, heads = _from_config(options.config, options.sequence)
+        lengths, ranks, layout, heads = _from_config(options.config, options.sequence)
         shape = {**heads, **shape}
         ranks = ranks if options.ranks is None else options.ranks
-        chunk_size = chunk_size if options.chunk_size is None else options.chunk_size
     else:
-        lengths, ranks, chunk_size = _lengths(options.lengths), options.ranks, options.chunk_size
+        lengths, ranks, layout = _lengths(options.lengths), options.ranks, {}
         if ranks is None:
             raise ValueError("give the number of ranks with --lengths: --ranks 8.")
     if ranks < 1:
@@ -79,14 +80,14 @@ def _plan(options: argparse.Namespace) -> ShardPlan:
         if options.mask != "causal":
             raise ValueError("--window looks back from each row: it needs --mask causal.")
         mask = mask & builders.sliding_window(mask.num_rows, options.window)
-    return ShardPlan.build(
-        mask,
-        ranks,
-        strategy=options.strategy,
-        chunk_size=chunk_size,
-        num_stages=options.stages,
-        cost=CostModel(**shape),
-    )
+    given = {
+        "strategy": options.strategy,
+        "chunk_size": options.chunk_size,
+        "num_stages": options.stages,
+        "head_parallel": options.head_parallel,
+    }
+    layout |= {name: value for name, value in given.items() if value is not None}
+    return ShardPlan.build(mask, ranks, cost=CostModel(**shape), **layout)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -99,8 +100,8 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, int | None, dict[str, int]]:
-    """Document lengths, context ranks, chunk size and head counts of a config's data and model."""
+def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, dict[str, Any], dict[str, int]]:
+    """Document lengths, context ranks, layout and head counts of a config's data and model."""
     from fm_longctx.data import ByteTokenizer, PackedStream
     from fm_longctx.train import config_load
     from fm_longctx.train.loop import documents
@@ -122,4 +123,4 @@ def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, int | 
             kv_heads=config.model.num_key_value_heads,
             head_dim=config.model.head_dim,
         )
-    return stream.sequence(sequence).lengths, config.parallel.context, config.parallel.chunk_size, heads
+    return stream.sequence(sequence).lengths, config.parallel.context, config.parallel.plan_options, heads

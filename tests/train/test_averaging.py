@@ -16,12 +16,14 @@ from tests.train.tiny import CONFIG, MadeUpStream, tiny_model
 # 62, 32, 0, 60, 5, 61 labels: ranks and micro-batches that an unweighted mean would get wrong.
 LENGTHS = [[63], [1] * 30 + [33], [1] * 63, [40, 22, 1], [2, 2, 2, 2, 2, *[1] * 53], [60, 3]]
 
+CHUNKS = {"chunk_size": 8}
 
-def gradients_of_one_step(context, accumulation, dtype, **train):
+
+def gradients_of_one_step(context, accumulation, dtype, parallel, **train):
     """The loss of a step, and its gradients as the change of the weights under plain descent at rate 1."""
     config = Config(
         model=CONFIG,
-        parallel=ParallelConfig(context=context, chunk_size=8),
+        parallel=ParallelConfig(context=context, **parallel),
         train=TrainConfig(device="cpu", gradient_accumulation=accumulation, **train),
     )
     world = engine.start(config)
@@ -34,7 +36,7 @@ def gradients_of_one_step(context, accumulation, dtype, **train):
         dp_size=world.dp_size,
         cp_rank=world.cp_rank,
         cp_size=world.cp_size,
-        chunk_size=8,
+        plan_options=config.parallel.plan_options,
     )
     batches = [next(loader) for _ in range(accumulation)]
     loader.close()
@@ -73,20 +75,20 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    "data, context, accumulation, train",
+    "data, context, accumulation, parallel, train",
     [
-        (1, 1, 6, {}),
-        (2, 1, 3, {}),
-        (3, 1, 2, {"activation_checkpointing": "full"}),
-        (1, 2, 6, {}),
-        (1, 3, 6, {"activation_checkpointing": "full"}),
-        (2, 2, 3, {}),
+        (1, 1, 6, CHUNKS, {}),
+        (2, 1, 3, CHUNKS, {}),
+        (3, 1, 2, CHUNKS, {"activation_checkpointing": "full"}),
+        (1, 2, 6, CHUNKS, {}),
+        (1, 3, 6, {"strategy": "zigzag", "stages": 3}, {"activation_checkpointing": "full"}),
+        (2, 2, 3, CHUNKS | {"head_parallel": 2}, {}),
     ],
 )
-def test_gradients_equal_one_process(reference, data, context, accumulation, train):
+def test_gradients_equal_one_process(reference, data, context, accumulation, parallel, train):
     loss, labels, want = reference
     for result, change in run_ranks(
-        data * context, gradients_of_one_step, context, accumulation, torch.float64, **train
+        data * context, gradients_of_one_step, context, accumulation, torch.float64, parallel, **train
     ):
         assert result.labels == labels
         assert result.loss == pytest.approx(loss, rel=1e-6)
@@ -100,9 +102,9 @@ def test_gradients_equal_one_process(reference, data, context, accumulation, tra
 
 def test_bfloat16_weights_and_float32_sums():
     """Close to float32 from the same start, and the master weights and their gradients stay float32."""
-    want = run_ranks(2, gradients_of_one_step, 2, 6, torch.float32)
+    want = run_ranks(2, gradients_of_one_step, 2, 6, torch.float32, CHUNKS)
     for mine, (exact, gradients) in zip(
-        run_ranks(2, gradients_of_one_step, 2, 6, torch.float32, precision="bfloat16"), want, strict=True
+        run_ranks(2, gradients_of_one_step, 2, 6, torch.float32, CHUNKS, precision="bfloat16"), want, strict=True
     ):
         assert mine[0].loss == pytest.approx(exact.loss, rel=1e-2)
         assert mine[0].loss != exact.loss
