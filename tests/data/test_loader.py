@@ -39,9 +39,8 @@ def test_data_ranks_read_all_sequences_once(make, dp_size):
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_context_ranks_share_a_sequence(make, stream, cp_size):
-    batches = [
-        next(make(batch_size=2, cp_rank=r, cp_size=cp_size, plan_options={"chunk_size": 16})) for r in range(cp_size)
-    ]
+    options = {"batch_size": 2, "cp_size": cp_size, "plan_options": {"chunk_size": 16}}
+    batches = [next(make(cp_rank=r, **options)) for r in range(cp_size)]
     whole = [stream.sequence(i) for i in range(2)]
     plan = batches[0].plan
     for name in ("tokens", "labels", "positions"):

@@ -72,6 +72,7 @@ def test_resolved_config_loads_as_itself(tmp_path):
         ("", ["--schedule.kind", "wsd"], "decay_steps is the length of wsd's fall"),
         ("", ["--schedule.warmup_steps", "101"], "is 101, more than train.steps=100"),
         ("", ["--parallel.ranks", "6", "--parallel.context", "4"], r"Set parallel\.context to one of \[1, 2, 3, 6\]"),
+        ("", ["--parallel.context", "4", "--parallel.head_parallel", "3"], "head_parallel=3 does not divide"),
         ("", ["--parallel.context", "9000"], "leaves some of the 9000 context ranks without a token"),
     ],
 )
