@@ -108,7 +108,8 @@ class FlashMaskCoreAttention(MegatronModule):
         context = self._context(query, attention_mask, mask_type, packed_seq_params)
         thd = query.ndim == 3
         q, k, v = (x.unsqueeze(0) if thd else x.transpose(0, 1) for x in (query, key, value))
-        out = context_parallel_attention(q, k, v, context, scale=self.softmax_scale)
+        options = {"scale": self.softmax_scale, "deterministic": self.config.deterministic_mode}
+        out = context_parallel_attention(q, k, v, context, **options)
         return (out.squeeze(0) if thd else out.transpose(0, 1)).flatten(-2)
 
     def _context(
