@@ -23,14 +23,29 @@ from triton.runtime.jit import JITFunction
 
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
 from fm_longctx.kernels.blocks import choose
+from fm_longctx.kernels.delta import delta_kernel
 from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
 from fm_longctx.kernels.hopper import forward as hopper_forward_kernels
 from fm_longctx.kernels.hopper import launch
 from fm_longctx.kernels.hopper import query_gradient as hopper_query_kernels
+from fm_longctx.kernels.hopper.prepare import scale_kernel, statistics_kernel
+from fm_longctx.kernels.schedule import tile_runs_kernel, tile_states_kernel
 
-INTEGERS = {"n_q", "n_k", "heads", "mask_batch", "mask_heads", "intervals", "at", "count"}
+FLOATS = {"scale", "softcap"}
 PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
+# What runs around them, with its constants and the types that differ from what names tell.
+SMALL = {
+    "states": (
+        tile_states_kernel,
+        dict(CAUSAL=True, BLOCK_M=128, BLOCK_N=64, BLOCKS=32, PARTIAL=1, FULL=2),
+        {"p_states": "*i8"},
+    ),
+    "runs": (tile_runs_kernel, dict(CHUNK=1024, PARTIAL=1), {"p_states": "*i8", "p_used": "*i64"}),
+    "delta": (delta_kernel, dict(HAS_DLSE=True, D_V=128, BLOCK_DV=128, BLOCK=32), {"p_dlse": "*fp32"}),
+    "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {"p_stats": "*fp32"}),
+    "scaling": (scale_kernel, dict(BLOCK=2048), {"p_sum": "*fp32"}),
+}
 
 
 def main() -> None:
@@ -38,6 +53,9 @@ def main() -> None:
         kind, *parts = name.split("-")
         if kind in HOPPER:
             report = HOPPER[kind](*map(int, parts))
+        elif kind in SMALL:
+            kernel, constants, types = SMALL[kind]
+            report = resources(kernel, types, constants, int(parts[0]), {})
         else:
             report = portable(kind, parts[0], *map(int, parts[1:]))
         print(json.dumps({"name": name} | report), flush=True)
@@ -171,10 +189,7 @@ def _type(name: str) -> str:
         return "*i32"
     if name.startswith("p_"):
         return "*bf16"
-    if name in INTEGERS or name.startswith("stride"):
-        return "i32"
-    assert name in ("scale", "softcap"), name
-    return "fp32"
+    return "fp32" if name in FLOATS else "i32"
 
 
 if __name__ == "__main__":

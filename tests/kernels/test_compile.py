@@ -23,21 +23,32 @@ PORTABLE = [
     for d in (64, 128, 256)
     for kind in ("forward", "query", "key")
 ]
-# Bytes that a thread may spill, stores and loads together: a few scalars outside the loop.
-SPILLS = 64
-# More where that was measured to be worth it. Portable: 64x64 with 4 warps was the fastest dK, dV block. Hopper
-# backward, all three warp groups together: addresses and what the outer loop keeps, and at D 64 some of P. Triton 3.6.0
-# and 3.7.1 differ by up to 180.
-KNOWN_SPILLS = {
+# The schedule's two kernels, and what runs before and after the backward.
+SMALL = [f"{kind}-{capability}" for kind in ("states", "runs", "delta") for capability in SHARED]
+SMALL += ["statistics-90", "scaling-90"]
+# Bytes spilled, stores and loads together, where they are known; elsewhere none. Hopper: of all three warp groups, the
+# more of Triton 3.6.0 and 3.7.1. In the forward, addresses that partial tiles alone load, in exchange for Q in
+# registers (measured: benchmarks/notes/hopper.md). In the backward, addresses and what the outer loop keeps, and at
+# D 64 some of P.
+SPILLS = {
+    "hopper_forward-128-0-1": 64,
+    "hopper_forward-128-2-0": 128,
+    "hopper_forward-128-3-0": 120,
+    "hopper_backward-64-1-1-1-1": 448,
+    "hopper_backward-64-3-0-1-1": 780,
+    "hopper_backward-64-3-0-1-0": 1216,
+    "hopper_backward-64-3-0-0-1": 184,
+    "hopper_backward-128-1-1-1-1": 148,
+    "hopper_backward-128-3-0-1-1": 364,
+    "hopper_backward-128-3-0-1-0": 384,
+    "hopper_backward-128-3-0-0-1": 240,
+    # Measured to be worth it: 64x64 with 4 warps was the fastest dK, dV block.
     "key-bf16-90-128-1": 512,
-    "hopper_backward-64-1-1-1-1": 400,
-    "hopper_backward-64-3-0-1-1": 768,
-    "hopper_backward-64-3-0-1-0": 992,
-    "hopper_backward-64-3-0-0-1": 528,
-    "hopper_backward-128-1-1-1-1": 160,
-    "hopper_backward-128-3-0-1-1": 360,
-    "hopper_backward-128-3-0-1-0": 560,
-    "hopper_backward-128-3-0-0-1": 304,
+    # A few scalars outside the loop.
+    "forward-bf16-100-64-1": 12,
+    "forward-fp32-90-256-1": 24,
+    "key-fp32-80-64-1": 8,
+    "key-fp32-100-64-1": 24,
 }
 
 
@@ -45,7 +56,7 @@ KNOWN_SPILLS = {
 def reports():
     pytest.importorskip("triton.experimental.gluon")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    names = [*HOPPER, *PORTABLE]
+    names = [*HOPPER, *PORTABLE, *SMALL]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.compile_report", *names[i::2]],
@@ -65,11 +76,14 @@ def reports():
 
 
 @pytest.mark.timeout(900)  # the first of them waits for all to be compiled
-@pytest.mark.parametrize("name", HOPPER + PORTABLE)
+@pytest.mark.parametrize("name", HOPPER + PORTABLE + SMALL)
 def test_resources(name, reports):
     report = reports[name]
-    capability = 90 if name in HOPPER else int(name.split("-")[2])
-    assert report["spilled"] <= KNOWN_SPILLS.get(name, SPILLS)
+    if name in HOPPER:
+        capability = 90
+    else:
+        capability = int(name.split("-")[1 if name in SMALL else 2])
+    assert report["spilled"] <= SPILLS.get(name, 0)
     assert report["warnings"] == []  # C7511, C7512, C7515: wgmma is serialised
     assert report["shared"] <= SHARED[capability]
 
