@@ -88,7 +88,7 @@ def test_reference(case):
 
 
 # Interpreted, a case takes as long as it has programs and tiles: fewer and smaller ones.
-@settings(max_examples=examples(50), **_shared)
+@settings(max_examples=examples(25), **_shared)
 @given(attention_cases(max_length=40, max_programs=4))
 def test_triton(case):
     check_case(case, "triton")
