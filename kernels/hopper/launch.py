@@ -60,8 +60,8 @@ class BackwardConfig(NamedTuple):
 BACKWARD = {64: BackwardConfig(128, 2), 128: BackwardConfig(64, 2, split_ahead=True)}
 # The columns of a backward CTA.
 BLOCK_N = 128
-# Query heads a key/value head up to which dQ is summed by the kernel that computes dK and dV. With more, CTAs of short
-# and of long lists soon work on different heads, and what they add to no longer fits into L2.
+# Query heads a key/value head up to which dQ is summed by the kernel that computes dK and dV. At 8 a pass of its own
+# was measured to be faster; why, and what lies between, is not established (benchmarks/notes/hopper.md).
 FUSED_UP_TO = 1
 
 
@@ -110,7 +110,8 @@ def forward(
     softcap: float | None = None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As `fm_longctx.attention.passes.attention_forward`; `softcap` is None, as `refusal` sees to."""
+    """As `fm_longctx.attention.passes.attention_forward`."""
+    assert softcap is None  # or `refusal` would have spoken
     (b, n_q, h, d), n_k = q.shape, k.shape[1]
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
@@ -174,6 +175,7 @@ def backward(
     Without grouped heads dQ is summed in float32 by whichever column-block comes first; with them, or `deterministic`,
     a pass of its own computes it.
     """
+    assert softcap is None  # or `refusal` would have spoken
     (b, n_q, h, d), (_, n_k, h_kv, _) = q.shape, k.shape
     if d not in BACKWARD:
         return portable.backward(dout, q, k, v, lse, delta, mask, scale=scale, grad_dtype=grad_dtype)

@@ -106,7 +106,7 @@ def test_cuda_graph_of_forward_and_backward(deterministic, backend):
         result = attend_under(mask, backend, deterministic=deterministic)(*leaves)
         return [*result, *torch.autograd.grad(result, leaves, inputs[3:])]
 
-    # As PyTorch asks: warm up on a side stream, which also builds the tile lists and compiles the kernels.
+    # As PyTorch asks: warm up on a side stream, which also builds the schedules and compiles the kernels.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

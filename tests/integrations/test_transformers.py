@@ -1,11 +1,14 @@
 """attn_implementation="fm_longctx": every family equals eager attention with a dense mask, and no mask is dropped."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
 from fm_longctx import ContextParallel, FlashMask, ShardPlan
 from fm_longctx.integrations import transformers as integration
+from fm_longctx.integrations.transformers import layer
 from fm_longctx.mask import builders
 from tests.integrations.families import ALL, FAMILIES, WINDOW, assert_close, dense, gradients, make
 
@@ -282,6 +285,11 @@ def test_a_part_that_tells_no_mask_is_refused():
     q = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="does not know the mask of Linear"):
         integration.attention(torch.nn.Linear(1, 1), q, q, q, None)
+
+
+def test_a_window_is_not_compared_with_a_context_that_splits_heads():
+    with pytest.raises(ValueError, match="sliding_window=9, which cannot be compared .* head parallelism"):
+        layer._check_window(SimpleNamespace(members=2), WINDOW)
 
 
 def test_sinks_of_the_wrong_number_are_refused():
