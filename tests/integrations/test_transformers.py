@@ -288,7 +288,7 @@ def test_a_part_that_tells_no_mask_is_refused():
 
 
 def test_a_window_is_not_compared_with_a_context_that_splits_heads():
-    with pytest.raises(ValueError, match="sliding_window=9, which cannot be compared .* head parallelism"):
+    with pytest.raises(ValueError, match=r"sliding_window=9, which cannot be compared .* head parallelism"):
         layer._check_window(SimpleNamespace(members=2), WINDOW)
 
 

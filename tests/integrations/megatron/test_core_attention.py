@@ -357,3 +357,29 @@ def refusals_of_two_ranks():
 def test_refusals():
     run_ranks(1, refusals, timeout=200)
     run_ranks(2, refusals_of_two_ranks, timeout=200)
+
+
+@on_one_rank
+def determinism_asked_for():
+    from fm_longctx.integrations.megatron import FlashMaskParams, core_attention
+
+    asked = []
+    original = core_attention.context_parallel_attention
+
+    def watched(*args, deterministic, **options):
+        asked.append(deterministic)
+        return original(*args, deterministic=deterministic, **options)
+
+    core_attention.context_parallel_attention = watched
+    try:
+        q, k, v = inputs(9)
+        params = FlashMaskParams.build(builders.causal(9))
+        for mode in (False, True):
+            make({"deterministic_mode": mode})(q, k, v, None, packed_seq_params=params)
+    finally:
+        core_attention.context_parallel_attention = original
+    return asked
+
+
+def test_deterministic_mode_reaches_the_kernels():
+    assert run_ranks(1, determinism_asked_for, timeout=200) == [[False, True]]
