@@ -39,7 +39,7 @@ def main(arguments: Sequence[str], *, usage: str | None) -> int:
 
                 print(describe(config))
             return 0
-        from fm_longctx.train.loop import prepare
+        from fm_longctx.train.start import prepare
 
         resume = prepare(config, ranks_started())
     except ValueError as error:
@@ -76,7 +76,9 @@ def _refuse(error: ValueError, rank: int) -> int:
 
 
 def _run(config: Config, resume: object, rank: int) -> int:
-    from fm_longctx.train.loop import Resume, TrainingError, run
+    from fm_longctx.train.loop import run
+    from fm_longctx.train.start import Resume
+    from fm_longctx.train.step import TrainingError
 
     assert resume is None or isinstance(resume, Resume)
     try:

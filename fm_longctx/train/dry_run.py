@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fm_longctx.data import ByteTokenizer, Loader, PackedStream
 from fm_longctx.train.config import Config
-from fm_longctx.train.loop import documents
+from fm_longctx.train.inputs import documents
 from fm_longctx.train.model import build
 from fm_longctx.train.ranks import ranks_started
 

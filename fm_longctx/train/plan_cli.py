@@ -104,7 +104,7 @@ def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, dict[s
     """Document lengths, context ranks, layout and head counts of a config's data and model."""
     from fm_longctx.data import ByteTokenizer, PackedStream
     from fm_longctx.train import config_load
-    from fm_longctx.train.loop import documents
+    from fm_longctx.train.inputs import documents
 
     config = config_load.load(path)
     if sequence < 0:

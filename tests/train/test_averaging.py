@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from fm_longctx.data import IGNORED, Loader
 from fm_longctx.train import engine
 from fm_longctx.train.config import Config, ParallelConfig, TrainConfig
-from fm_longctx.train.loop import TrainingError, train_step
 from fm_longctx.train.model import build, materialize
+from fm_longctx.train.step import TrainingError, train_step
 from tests.distributed import run_ranks
 from tests.train.tiny import CONFIG, MadeUpStream, tiny_model
 

@@ -92,13 +92,13 @@ import sys
 
 import torch.distributed as dist
 
-from fm_longctx.train import cli, engine, loop
+from fm_longctx.train import cli, engine, loop, step
 
 
 def run(config, resume):
     world = engine.start(config)
     if world.rank == 1:
-        raise loop.TrainingError("the second rank gives up")
+        raise step.TrainingError("the second rank gives up")
     dist.barrier()
 
 

@@ -9,8 +9,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fm_longctx.train import checkpoint, config_load
-from fm_longctx.train.loop import prepare, run
+from fm_longctx.train.loop import run
 from fm_longctx.train.model import huggingface_config
+from fm_longctx.train.start import prepare
 from tests.distributed import run_ranks
 
 BASE = {

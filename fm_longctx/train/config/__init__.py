@@ -1,0 +1,64 @@
+"""What a run is, as frozen dataclasses, one for each section of the YAML.
+
+The string under a field is its documentation; `launch/train.py --help` prints it. How YAML and the command line
+become these objects is in `config_load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fm_longctx.train.config.data import DataConfig
+from fm_longctx.train.config.model import ModelConfig
+from fm_longctx.train.config.optimization import OptimizerConfig, ScheduleConfig
+from fm_longctx.train.config.parallel import ParallelConfig
+from fm_longctx.train.config.run import CheckpointConfig, TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        slopes = self.schedule.warmup_steps + self.schedule.decay_steps
+        if slopes > self.train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps is {slopes}, more than train.steps={self.train.steps}."
+            )
+        if self.data.sequence_length < self.parallel.context:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} leaves some of the {self.parallel.context} context "
+                "ranks without a token."
+            )
+
+    def check_world(self, ranks: int) -> None:
+        """Raise a ValueError unless this config can run on so many ranks and find its files. Needs no group."""
+        if self.parallel.ranks is not None and self.parallel.ranks != ranks:
+            raise ValueError(
+                f"parallel.ranks={self.parallel.ranks} but {ranks} ranks were started. Start that many, or set "
+                "parallel.ranks to the number you have."
+            )
+        self.parallel.data_ranks(ranks)
+        for name, path in (("data.path", self.data.path), ("model.path", self.model.path)):
+            if path is not None and not Path(path).expanduser().exists():
+                raise ValueError(f"{name}={path!r} does not exist on this machine.")
