@@ -2,7 +2,7 @@
 
     python -m benchmarks.blocks --head-dims 64 128 256 --warm 12
 
-Causal and packed causal documents at 32K tokens, bf16, 16 heads. Forward, dQ and dK/dV kernels are timed apart. With
+Causal, packed causal documents and random eviction (all tiles partial) at 32K tokens, bf16, 16 heads. Forward, dQ and dK/dV kernels are timed apart. With
 `--warm`, that many processes first compile all candidates, so that the timing one finds them in Triton's cache.
 """
 
@@ -31,7 +31,7 @@ from fm_longctx.mask import FlashMask, builders
 FORWARD = [
     *(Block(128, n, 8, s) for n in (64, 128) for s in (2, 3)),
     *(Block(64, n, 4, s) for n in (64, 128) for s in (2, 3)),
-    *(Block(128, n, 4, s) for n in (32, 64) for s in (2, 3)),
+    *(Block(128, n, 4, s) for n in (32, 64, 128) for s in (2, 3)),
 ]
 QUERY = [
     *(Block(128, n, 8, s) for n in (32, 64, 128) for s in (1, 2, 3)),
@@ -48,6 +48,7 @@ CANDIDATES = {"forward": FORWARD, "query": QUERY, "key": KEY}
 MASKS: dict[str, Callable[[int], FlashMask]] = {
     "causal": builders.causal,
     "causal_document": lambda n: builders.causal_document(document_lengths(n, 0)),
+    "random_eviction": lambda n: builders.random_eviction(n),
 }
 
 

@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--ping-pong", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--q-in-registers", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--masks", nargs="+", default=["causal", "full", "causal_document", "document"])
+    parser.add_argument(
+        "--masks", nargs="+", default=["causal", "full", "causal_document", "document", "random_eviction"]
+    )
     options = parser.parse_args()
     print(environment())
     n = options.length
@@ -38,6 +40,7 @@ def main() -> None:
         "full": builders.full(n),
         "causal_document": builders.causal_document(document_lengths(n, 0)),
         "document": builders.document(document_lengths(n, 0)),
+        "random_eviction": builders.random_eviction(n),
     }
     for d in options.head_dims:
         for name in options.masks:

@@ -15,7 +15,7 @@ def load_rows(p, first, count, stride, o_d, D: tl.constexpr, BLOCK: tl.constexpr
     relative to the tile's first row, so that only that address needs 64 bits.
     """
     o_r = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)[:, None]
-    p_tile = p + first.to(tl.int64) * stride + o_r * stride + o_d
+    p_tile = p + tl.cast(first, tl.int64) * stride + o_r * stride + o_d
     if o_d.shape[1] == D:
         b = tl.load(p_tile)
     else:
@@ -25,9 +25,21 @@ def load_rows(p, first, count, stride, o_d, D: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def load_bounds(p_starts, p_ends, o_n, n_k, INTERVALS: tl.constexpr):
+    """The intervals of columns o_n: starts and ends in turn, a tuple. Empty if their number is not known (-1)."""
+    bounds = ()
+    for i in tl.static_range(INTERVALS):
+        b_start = tl.load(p_starts + i * n_k + o_n, mask=o_n < n_k, other=0)
+        b_end = tl.load(p_ends + i * n_k + o_n, mask=o_n < n_k, other=0)
+        bounds = bounds + (b_start, b_end)
+    return bounds
+
+
+@triton.jit
 def visible(
     o_m,
     o_n,
+    bounds,
     p_starts,
     p_ends,
     n_q,
@@ -38,18 +50,17 @@ def visible(
 ):
     """Which scores of a tile are visible; o_m and o_n index rows and columns, `[BM, 1]` and `[1, BN]` or transposed.
 
-    INTERVALS is the number of intervals a column, unrolled; or -1, and a loop goes through `intervals` of them.
+    INTERVALS is the number of intervals a column, given as `bounds`; or -1, and a loop goes through `intervals` of them.
     """
     inside = o_n < n_k
-    see = inside & (o_m >= 0)
+    # A column past the end is hidden from all rows by whatever test there is, so that only columns pay for it.
     if CAUSAL:
-        see = see & (o_m >= o_n - (n_k - n_q))
-    if INTERVALS >= 0:
-        for i in tl.static_range(INTERVALS):
-            b_start = tl.load(p_starts + i * n_k + o_n, mask=inside, other=0)
-            b_end = tl.load(p_ends + i * n_k + o_n, mask=inside, other=0)
-            see = see & ((o_m < b_start) | (o_m >= b_end))
+        see = o_m >= tl.where(inside, o_n - (n_k - n_q), 2147483647)
     else:
+        see = inside & (o_m >= 0)
+    for i in tl.static_range(INTERVALS):
+        see = see & ((o_m < bounds[2 * i]) | (o_m >= bounds[2 * i + 1]))
+    if INTERVALS < 0:
         for i in range(intervals):
             b_start = tl.load(p_starts + i * n_k + o_n, mask=inside, other=0)
             b_end = tl.load(p_ends + i * n_k + o_n, mask=inside, other=0)
@@ -66,20 +77,7 @@ def cap_scores(b_s, scale, softcap):
 
 
 @triton.jit
-def open_list(p_first, p_runs, at):
-    """Begin to walk the tiles of block `at` (a flat index): its first run, that run's first tile, end and flag."""
-    run = tl.load(p_first + at)
+def read_run(p_runs, run):
+    """First tile, the tile after the last, and whether the tiles are partial, of run `run`."""
     word = tl.load(p_runs + 2 * run)
-    return run, word >> 1, tl.load(p_runs + 2 * run + 1), word & 1
-
-
-@triton.jit
-def next_tile(p_runs, run, tile, end, partial):
-    """One tile on. The next run is read at every step, needed or not, so that nothing waits for it when it is."""
-    word = tl.load(p_runs + 2 * run + 2)
-    word_end = tl.load(p_runs + 2 * run + 3)
-    more = tile + 1 < end
-    run = tl.where(more, run, run + 1)
-    tile = tl.where(more, tile + 1, word >> 1)
-    partial = tl.where(more, partial, word & 1)
-    return run, tile, tl.where(more, end, word_end), partial
+    return word >> 1, tl.load(p_runs + 2 * run + 1), word & 1

@@ -29,9 +29,8 @@ class TileRuns(NamedTuple):
     With n blocks, group g = b * H_mask + h and block i::
 
         run = first[g, i]
-        for _ in range(how many runs it takes to visit tiles[g, i] tiles):
-            for other_block in range(runs[run, 0] >> 1, runs[run, 1]): visit it; it is partial if runs[run, 0] & 1
-            run += 1
+        for r in range(run, run + count[g, i]):
+            for other_block in range(runs[r, 0] >> 1, runs[r, 1]): visit it; it is partial if runs[r, 0] & 1
 
     A kernel need look neither at the mask nor at the sequence's end in a full tile: the last column-block is always
     partial if it is ragged. Only rows past the end remain, which every kernel can do harmlessly.
@@ -45,6 +44,8 @@ class TileRuns(NamedTuple):
     """int32 `[room, 2]`: first tile << 1 | partial, and the tile after the last."""
     first: Tensor
     """int32 `[B * H_mask, n]`: the block's first run."""
+    count: Tensor
+    """int32 `[B * H_mask, n]`: the number of its runs."""
     tiles: Tensor
     """int32 `[B * H_mask, n]`: the number of tiles to visit."""
     order: Tensor
@@ -68,18 +69,18 @@ def tile_runs(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> T
 
 def _build(
     starts: Tensor, ends: Tensor, num_rows: int, causal: bool, block_m: int, block_n: int, by_row: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     intervals, n_k = starts.shape[2:]
     groups, blocks, others, room = _sizes(starts, num_rows, block_m, block_n, by_row)
     runs = starts.new_empty((room, 2))
-    first, tiles = (starts.new_empty((groups, blocks)) for _ in range(2))
+    first, count, tiles = (starts.new_empty((groups, blocks)) for _ in range(3))
     used = torch.zeros(1, dtype=torch.int64, device=starts.device)
     strip = max(1, min(blocks, _MAX_STATES // max(1, groups * others)))
     states = torch.empty((groups, strip, others), dtype=torch.int8, device=starts.device)
     for begin in range(0, blocks if others else 0, strip):
-        count = min(strip, blocks - begin)
+        size = min(strip, blocks - begin)
         # The kernel counts a few row-blocks at once for one column-block.
-        rows, columns = (count, others) if by_row else (others, count)
+        rows, columns = (size, others) if by_row else (others, size)
         first_row, first_column = (begin, 0) if by_row else (0, begin)
         stride_r, stride_c = (others, 1) if by_row else (1, others)
         with torch.cuda.device_of(starts):
@@ -103,10 +104,11 @@ def _build(
                 PARTIAL=PARTIAL,
                 FULL=FULL,
             )
-            tile_runs_kernel[(count, groups)](
+            tile_runs_kernel[(size, groups)](
                 states,
                 runs,
                 first,
+                count,
                 tiles,
                 used,
                 begin,
@@ -118,10 +120,11 @@ def _build(
                 PARTIAL=PARTIAL,
             )
     if not others:
+        count.zero_()
         tiles.zero_()
     # A stable sort, so that the order of the launches is a function of the mask alone.
     order = tiles.sort(dim=1, descending=True, stable=True).indices.int()
-    return runs, first, tiles, order
+    return runs, first, count, tiles, order
 
 
 _build_traced = torch.library.custom_op("fm_longctx::tile_runs", _build, mutates_args=())
@@ -130,10 +133,10 @@ _build_traced = torch.library.custom_op("fm_longctx::tile_runs", _build, mutates
 @_build_traced.register_fake
 def _(
     starts: Tensor, ends: Tensor, num_rows: int, causal: bool, block_m: int, block_n: int, by_row: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups, blocks, _, room = _sizes(starts, num_rows, block_m, block_n, by_row)
-    per_block = [starts.new_empty((groups, blocks)) for _ in range(3)]
-    return starts.new_empty((room, 2)), per_block[0], per_block[1], per_block[2]
+    first, count, tiles, order = (starts.new_empty((groups, blocks)) for _ in range(4))
+    return starts.new_empty((room, 2)), first, count, tiles, order
 
 
 def _sizes(starts: Tensor, num_rows: int, block_m: int, block_n: int, by_row: bool) -> tuple[int, int, int, int]:
@@ -218,6 +221,7 @@ def tile_runs_kernel(
     p_states,
     p_runs,
     p_first,
+    p_count,
     p_tiles,
     p_used,
     first_block,
@@ -251,10 +255,12 @@ def tile_runs_kernel(
         if fits:
             run = (shared + taken).to(tl.int32)
     if not fits:
+        count = 1
         tiles = highest - lowest
         tl.store(p_runs + 2 * run, lowest << 1 | 1)
         tl.store(p_runs + 2 * run + 1, highest)
     tl.store(p_first + block, run)
+    tl.store(p_count + block, count)
     tl.store(p_tiles + block, tiles)
     if fits:
         begun = 0

@@ -195,7 +195,7 @@ def _consume(
                 dp = _product(v, dout_s.index(stage), BLOCK_M, D, S)
                 s = warpgroup_mma_wait(1, deps=(s_now,))
             if partial:
-                s = hide_columns(s, o_n, m0, n_q, n_k, p_s, p_e, BLOCK_M, S, CAUSAL, INTERVALS)
+                s = hide_columns(s, o_n, m0, n0, n_q, n_k, p_s, p_e, BLOCK_M, S, CAUSAL, INTERVALS)
             p = gl.exp2(s * scale_log2 - stats.slice(0, 1, 0).load(S))
             # Before dS is formed, which hides it; and the wait for dP cannot move above the exponentials that hide dP.
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P), dout, dv, is_async=True)

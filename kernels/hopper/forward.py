@@ -169,7 +169,8 @@ def _consume(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     dtype: gl.constexpr = out_desc.dtype
     scale_log2 = scale * LOG2E
-    o_m = m0 + 64 * w + gl.arange(0, 64, layout=S_ROW)
+    m_w = m0 + 64 * w
+    o_m = m_w + gl.arange(0, 64, layout=S_ROW)
     b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
     b_out = gl.full([64, D_V], 0.0, gl.float32, O)
     blank = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
@@ -187,7 +188,7 @@ def _consume(
         s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         if partial:
-            s = hide_rows(s, o_m, tile * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
+            s = hide_rows(s, o_m, m_w, tile * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
         mbarrier.arrive(empty.index(0), count=1)
         p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
         p = gl.convert_layout(p.to(dtype), P)
@@ -210,7 +211,7 @@ def _consume(
             s = warpgroup_mma_wait(1, deps=(s,))
             if partial:
                 n0 = tile * BLOCK_N
-                s = hide_rows(s, o_m, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
+                s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
             p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
             p16 = p32.to(dtype)
             # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting the

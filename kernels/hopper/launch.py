@@ -129,7 +129,10 @@ def forward(
             _describe_bounds(mask, config.block_n),
             out,
             lse,
-            *runs,
+            runs.runs,
+            runs.first,
+            runs.tiles,
+            runs.order,
             *out.stride()[:3],
             n_q,
             n_k,
@@ -204,7 +207,10 @@ def backward(
             dv,
             mask.starts,
             mask.ends,
-            *runs,
+            runs.runs,
+            runs.first,
+            runs.tiles,
+            runs.order,
             *dk.stride()[:3],
             n_q,
             n_k,
@@ -258,7 +264,10 @@ def _query_gradient(
             dq,
             lse.contiguous(),
             delta.contiguous(),
-            *runs,
+            runs.runs,
+            runs.first,
+            runs.tiles,
+            runs.order,
             *dq.stride()[:3],
             n_q,
             n_k,
@@ -315,7 +324,8 @@ def _describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescrip
 
 
 def _describe_bounds(mask: FlashMask, block_n: int) -> TensorDescriptor:
-    """Descriptor of start and end rows of every interval in turn, `[B * H_mask * rows, N_k]`, cached on the mask.
+    """Descriptor of two rows an interval in turn, `[B * H_mask * rows, N_k]`, cached on the mask: its start, and 2^31 - 1
+    less its end. So the zeros that TMA gives for columns past the end are the interval that hides all rows.
 
     TMA wants boxes of a power of two rows and row strides of 16 bytes, so both are padded.
     """
@@ -325,7 +335,7 @@ def _describe_bounds(mask: FlashMask, block_n: int) -> TensorDescriptor:
         bounds = torch.zeros(shape, dtype=torch.int32, device=mask.device)
         for i in range(mask.num_intervals):
             bounds[:, :, 2 * i, : mask.num_columns] = mask.starts[:, :, i]
-            bounds[:, :, 2 * i + 1, : mask.num_columns] = mask.ends[:, :, i]
+            bounds[:, :, 2 * i + 1, : mask.num_columns] = torch.iinfo(torch.int32).max - mask.ends[:, :, i]
         mask.cache["bounds"] = bounds
     bounds = mask.cache["bounds"]
     rows = bounds.shape[2]

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language._core import builtin
 def hide_rows(
     s,
     o_m,
+    m0,
     n0,
     n_q,
     n_k,
@@ -19,18 +20,27 @@ def hide_rows(
     CAUSAL: gl.constexpr,
     INTERVALS: gl.constexpr,
 ):
-    """Scores `[64, BLOCK_N]` with the masked ones -inf; o_m `[64]` row indices, bounds in shared memory: start and end
-    rows of each interval in turn."""
+    """Scores `[64, BLOCK_N]` with the masked ones -inf; o_m `[64]` row indices from m0 on, n0 the first column.
+
+    bounds: in shared memory, as `launch._describe_bounds` lays them out; columns past the end hide all rows there.
+    """
+    LAST: gl.constexpr = 2147483647
     o_m = gl.expand_dims(o_m, 1)
     o_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
     # One select a condition: keeping a tile of booleans alive across them would spill.
-    s = gl.where(o_n < n_k, s, float("-inf"))
-    if CAUSAL:
-        s = gl.where(o_m >= o_n - (n_k - n_q), s, float("-inf"))
+    if INTERVALS == 0:
+        if CAUSAL:
+            s = gl.where(o_m >= gl.where(o_n < n_k, o_n - (n_k - n_q), LAST), s, float("-inf"))
+        else:
+            s = gl.where(o_n < n_k, s, float("-inf"))
+    elif CAUSAL:
+        # Of the tiles that intervals touch few meet the diagonal, and whether one does is the same for all threads.
+        if m0 < n0 + BLOCK_N - 1 - (n_k - n_q):
+            s = gl.where(o_m >= o_n - (n_k - n_q), s, float("-inf"))
     for i in gl.static_range(INTERVALS):
         start = bounds.slice(2 * i, 1, 0).load(LAYOUT)
-        end = bounds.slice(2 * i + 1, 1, 0).load(LAYOUT)
-        s = gl.where((o_m >= start) & (o_m < end), float("-inf"), s)
+        left = bounds.slice(2 * i + 1, 1, 0).load(LAYOUT)
+        s = gl.where((o_m >= start) & (left < LAST - o_m), float("-inf"), s)
     return s
 
 
@@ -39,6 +49,7 @@ def hide_columns(
     s,
     o_n,
     m0,
+    n0,
     n_q,
     n_k,
     p_starts,
@@ -48,19 +59,27 @@ def hide_columns(
     CAUSAL: gl.constexpr,
     INTERVALS: gl.constexpr,
 ):
-    """Transposed scores `[64, BLOCK_M]` with the masked ones -inf; o_n `[64]` column indices.
+    """Transposed scores `[64, BLOCK_M]` with the masked ones -inf; o_n `[64]` column indices from n0 on.
 
     p_starts, p_ends: `[INTERVALS, n_k]` of this mask group. A thread needs two of each interval; after the first tile
     they come from the cache, and held in registers they would spill.
     """
+    LAST: gl.constexpr = 2147483647
     o_m = gl.expand_dims(m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT)), 0)
     inside = o_n < n_k
-    s = gl.where(gl.expand_dims(inside, 1), s, float("-inf"))
-    if CAUSAL:
-        s = gl.where(o_m >= gl.expand_dims(o_n - (n_k - n_q), 1), s, float("-inf"))
+    if INTERVALS == 0:
+        if CAUSAL:
+            o_first = gl.where(inside, o_n - (n_k - n_q), LAST)
+            s = gl.where(o_m >= gl.expand_dims(o_first, 1), s, float("-inf"))
+        else:
+            s = gl.where(gl.expand_dims(inside, 1), s, float("-inf"))
+    elif CAUSAL:
+        if m0 < n0 + 63 - (n_k - n_q):
+            s = gl.where(o_m >= gl.expand_dims(o_n - (n_k - n_q), 1), s, float("-inf"))
     for i in gl.static_range(INTERVALS):
+        # A column past the end hides all rows.
         start = gl.expand_dims(gl.load(p_starts + i * n_k + o_n, mask=inside, other=0), 1)
-        end = gl.expand_dims(gl.load(p_ends + i * n_k + o_n, mask=inside, other=0), 1)
+        end = gl.expand_dims(gl.load(p_ends + i * n_k + o_n, mask=inside, other=LAST), 1)
         s = gl.where((o_m >= start) & (o_m < end), float("-inf"), s)
     return s
 

@@ -112,7 +112,8 @@ def _consume(
     DS: gl.constexpr = gl.DotOperandLayout(0, DQ, 2)
     dtype: gl.constexpr = q_s.dtype
     scale_log2 = scale * LOG2E
-    o_m = m0 + 64 * w + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    m_w = m0 + 64 * w
+    o_m = m_w + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     b_lse = gl.load(p_lse + o_m, mask=o_m < n_q, other=float("-inf"))
     # exp2(s - inf) = 0: a row that sees nothing has no gradient.
     b_lse = gl.expand_dims(gl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E, 1)
@@ -136,7 +137,7 @@ def _consume(
         word, word_end = peek(p_runs, run)
         s = warpgroup_mma_wait(1, deps=(s,))
         if partial:
-            s = hide_rows(s, o_m, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
+            s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
         p = gl.exp2(s * scale_log2 - b_lse)
         # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting the
         # wait for dP above the exponentials that are to hide it.

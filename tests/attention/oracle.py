@@ -115,8 +115,12 @@ def visit_every_tile(mask: FlashMask) -> None:
             assert schedule.tiles.sum() < schedule.tiles.numel() * others
             first = torch.arange(schedule.first.numel(), dtype=torch.int32, device=mask.device)
             runs = torch.tensor([1, others], dtype=torch.int32, device=mask.device).repeat(first.numel() + 1, 1)
-            tiles = torch.full_like(schedule.tiles, others)
-            mask.cache[key] = schedule._replace(runs=runs, first=first.view_as(schedule.first), tiles=tiles)
+            mask.cache[key] = schedule._replace(
+                runs=runs,
+                first=first.view_as(schedule.first),
+                count=torch.ones_like(schedule.count),
+                tiles=torch.full_like(schedule.tiles, others),
+            )
 
 
 def random_inputs(

@@ -185,7 +185,7 @@ def resources(
 def _type(name: str) -> str:
     if name in ("p_lse", "p_delta"):
         return "*fp32"
-    if name in ("p_starts", "p_ends", "p_runs", "p_first", "p_tiles", "p_order"):
+    if name in ("p_starts", "p_ends", "p_runs", "p_first", "p_tiles", "p_count", "p_order"):
         return "*i32"
     if name.startswith("p_"):
         return "*bf16"

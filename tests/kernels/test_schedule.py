@@ -19,16 +19,13 @@ def states_of(runs, others):
     states = torch.full((groups, blocks, others), SKIPPED)
     for group in range(groups):
         for block in range(blocks):
-            run, left = int(runs.first[group, block]), int(runs.tiles[group, block])
+            first, count = int(runs.first[group, block]), int(runs.count[group, block])
             last_end = -1
-            while left:
-                word, end = runs.runs[run].tolist()
+            for word, end in runs.runs[first : first + count].tolist():
                 begin, state = word >> 1, PARTIAL if word & 1 else FULL
                 assert last_end <= begin < end <= others
                 states[group, block, begin:end] = state
-                left -= end - begin
-                last_end, run = end, run + 1
-            assert left == 0
+                last_end = end
     return states
 
 
