@@ -2,7 +2,8 @@
 
     python -m benchmarks.blocks --head-dims 64 128 256 --warm 12
 
-Causal, packed causal documents and random eviction (all tiles partial) at 32K tokens, bf16, 16 heads. Forward, dQ and dK/dV kernels are timed apart. With
+Causal, packed causal documents and random eviction (all tiles partial) at 32K tokens, bf16, 16 heads. Forward, dQ and
+dK/dV kernels are timed apart. With
 `--warm`, that many processes first compile all candidates, so that the timing one finds them in Triton's cache.
 """
 

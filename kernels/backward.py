@@ -6,122 +6,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, split in two so that e
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, load_bounds, load_rows, read_run, visible
-
-
-@triton.jit
-def add_to_query(
-    b_q,
-    b_do,
-    p_k,
-    p_v,
-    b_lse,
-    b_delta,
-    b_dq,
-    o_m,
-    n0,
-    o_d,
-    o_dv,
-    p_starts,
-    p_ends,
-    stride_kn,
-    stride_vn,
-    n_q,
-    n_k,
-    intervals,
-    scale,
-    softcap,
-    PARTIAL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    INTERVALS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One tile of columns: dQ `[BM, D]` (still to be scaled) with its share added; b_lse `[BM]` in powers of two."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    factor = 1.0 if SOFTCAP else scale
-    # [BN, D], [BN, DV]
-    b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
-    b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
-    # [BM, BN]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    if SOFTCAP:
-        b_s = cap_scores(b_s, scale, softcap)
-    b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[:, None])
-    if PARTIAL:
-        o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-        bounds = load_bounds(p_starts, p_ends, o_n, n_k, INTERVALS)
-        see = visible(o_m[:, None], o_n, bounds, p_starts, p_ends, n_q, n_k, intervals, CAUSAL, INTERVALS)
-        b_p = tl.where(see, b_p, 0.0)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    if SOFTCAP:
-        b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-
-
-@triton.jit
-def add_to_key(
-    b_k,
-    b_v,
-    p_q,
-    p_do,
-    p_lse,
-    p_delta,
-    b_dk,
-    b_dv,
-    o_n,
-    bounds,
-    partial,
-    m0,
-    o_d,
-    o_dv,
-    p_starts,
-    p_ends,
-    stride_qn,
-    stride_on,
-    n_q,
-    n_k,
-    intervals,
-    scale,
-    softcap,
-    CAUSAL: tl.constexpr,
-    INTERVALS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One tile of rows: dK `[BN, D]` (still to be scaled) and dV `[BN, DV]` with their shares added."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    factor = 1.0 if SOFTCAP else scale
-    o_m = m0 + tl.arange(0, BLOCK_M)
-    inside = o_m < n_q
-    # [BM, D], [BM, DV]
-    b_q = load_rows(p_q, m0, n_q, stride_qn, o_d, D, BLOCK_M, UPCAST)
-    b_do = load_rows(p_do, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, UPCAST)
-    b_lse = tl.load(p_lse + o_m, mask=inside, other=float("-inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
-    b_delta = tl.load(p_delta + o_m, mask=inside, other=0.0)
-    # [BN, BM]
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-    if SOFTCAP:
-        b_s = cap_scores(b_s, scale, softcap)
-    b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[None, :])
-    if partial:
-        see = visible(o_m[None, :], o_n[:, None], bounds, p_starts, p_ends, n_q, n_k, intervals, CAUSAL, INTERVALS)
-        b_p = tl.where(see, b_p, 0.0)
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    if SOFTCAP:
-        b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    return b_dk, b_dv
+from fm_longctx.kernels.primitives import cap_scores, hide, load_bounds, load_rows, load_vector, read_run
 
 
 @triton.jit
@@ -133,8 +18,7 @@ def backward_q_kernel(
     p_lse,
     p_delta,
     p_dq,
-    p_starts,
-    p_ends,
+    p_bounds,
     p_runs,
     p_first,
     p_count,
@@ -154,6 +38,8 @@ def backward_q_kernel(
     stride_dqb,
     stride_dqn,
     stride_dqh,
+    stride_bg,
+    stride_bi,
     n_q,
     n_k,
     heads,
@@ -179,8 +65,7 @@ def backward_q_kernel(
     group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
     first = group * tl.num_programs(0)
     block = tl.load(p_order + first + tl.program_id(0))
-    p_starts += group * intervals * n_k
-    p_ends += group * intervals * n_k
+    p_bounds += group * stride_bg
     p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
     p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
 
@@ -199,23 +84,33 @@ def backward_q_kernel(
     b_delta = tl.load(p_delta + p_row, mask=inside, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    factor = 1.0 if SOFTCAP else scale
     run = tl.load(p_first + first + block)
     for r in range(run, run + tl.load(p_count + first + block)):
-        tile, end, partial = read_run(p_runs, r)
-        if partial:
-            for t in range(tile, end):
-                b_dq = add_to_query(
-                    b_q, b_do, p_k, p_v, b_lse, b_delta, b_dq, o_m, t * BLOCK_N, o_d, o_dv, p_starts, p_ends, stride_kn,
-                    stride_vn, n_q, n_k, intervals, scale, softcap, True, CAUSAL, INTERVALS, SOFTCAP, D, D_V, BLOCK_N,
-                    UPCAST,
+        begin, end, partial = read_run(p_runs, r)
+        for tile in range(begin, end):
+            n0 = tile * BLOCK_N
+            o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
+            bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
+            # [BN, D], [BN, DV]
+            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
+            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
+            # [BM, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            if SOFTCAP:
+                b_s = cap_scores(b_s, scale, softcap)
+            b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[:, None])
+            if partial:
+                diagonal = m0 < n0 + BLOCK_N - 1 - (n_k - n_q)
+                b_p = hide(
+                    b_p, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, 0.0, CAUSAL,
+                    INTERVALS,
                 )  # fmt: skip
-        else:
-            for t in range(tile, end):
-                b_dq = add_to_query(
-                    b_q, b_do, p_k, p_v, b_lse, b_delta, b_dq, o_m, t * BLOCK_N, o_d, o_dv, p_starts, p_ends, stride_kn,
-                    stride_vn, n_q, n_k, intervals, scale, softcap, False, CAUSAL, INTERVALS, SOFTCAP, D, D_V, BLOCK_N,
-                    UPCAST,
-                )  # fmt: skip
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            if SOFTCAP:
+                b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
     p_dq += b * stride_dqb + h * stride_dqh
     p_rows = p_dq + o_m[:, None].to(tl.int64) * stride_dqn + o_d
@@ -228,12 +123,10 @@ def backward_kv_kernel(
     p_k,
     p_v,
     p_dout,
-    p_lse,
-    p_delta,
+    p_stats,
     p_dk,
     p_dv,
-    p_starts,
-    p_ends,
+    p_bounds,
     p_runs,
     p_first,
     p_count,
@@ -256,6 +149,8 @@ def backward_kv_kernel(
     stride_dvb,
     stride_dvn,
     stride_dvh,
+    stride_bg,
+    stride_bi,
     n_q,
     n_k,
     heads,
@@ -276,6 +171,7 @@ def backward_kv_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    LOG2E: tl.constexpr = 1.4426950408889634
     b, h_kv = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(0)
     # The first query head's order serves the whole group of heads: it only decides when a block runs.
@@ -293,24 +189,46 @@ def backward_kv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
+    factor = 1.0 if SOFTCAP else scale
+    row_blocks = (n_q + BLOCK_M - 1) // BLOCK_M
     # The query heads that share this key/value head are summed here, in order, instead of by atomics.
     for shared in range(KV_SHARE):
         h = h_kv * KV_SHARE + shared
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
         p_q_h = p_q + b * stride_qb + h * stride_qh
         p_do_h = p_dout + b * stride_ob + h * stride_oh
-        p_s, p_e = p_starts + group * intervals * n_k, p_ends + group * intervals * n_k
-        bounds = load_bounds(p_s, p_e, o_n[:, None], n_k, INTERVALS)
-        p_row = (b * heads + h) * n_q
+        p_stats_h = p_stats + (b * heads + h) * row_blocks * (2 * BLOCK_M)
+        p_hidden = p_bounds + group * stride_bg
+        bounds = load_bounds(p_hidden, o_n[:, None], stride_bi, True, INTERVALS)
         run = tl.load(p_first + group * blocks + block)
         for r in range(run, run + tl.load(p_count + group * blocks + block)):
-            tile, end, partial = read_run(p_runs, r)
-            for t in range(tile, end):
-                b_dk, b_dv = add_to_key(
-                    b_k, b_v, p_q_h, p_do_h, p_lse + p_row, p_delta + p_row, b_dk, b_dv, o_n, bounds, partial,
-                    t * BLOCK_M, o_d, o_dv, p_s, p_e, stride_qn, stride_on, n_q, n_k, intervals, scale, softcap, CAUSAL,
-                    INTERVALS, SOFTCAP, D, D_V, BLOCK_M, UPCAST,
-                )  # fmt: skip
+            begin, end, partial = read_run(p_runs, r)
+            for tile in range(begin, end):
+                m0 = tile * BLOCK_M
+                o_r = tl.arange(0, BLOCK_M)[None, :]
+                # [1, BM]
+                p_row = p_stats_h + tile * (2 * BLOCK_M) + o_r
+                b_lse, b_delta = load_vector(p_row, n_q > 0), load_vector(p_row + BLOCK_M, n_q > 0)
+                # [BM, D], [BM, DV]
+                b_q = load_rows(p_q_h, m0, n_q, stride_qn, o_d, D, BLOCK_M, UPCAST)
+                b_do = load_rows(p_do_h, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, UPCAST)
+                # [BN, BM]
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+                if SOFTCAP:
+                    b_s = cap_scores(b_s, scale, softcap)
+                b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse)
+                if partial:
+                    diagonal = m0 < block * BLOCK_N + BLOCK_N - 1 - (n_k - n_q)
+                    b_p = hide(
+                        b_p, m0 + o_r, o_n[:, None], diagonal, bounds, p_hidden, stride_bi, n_q, n_k, intervals, 0.0,
+                        CAUSAL, INTERVALS,
+                    )  # fmt: skip
+                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+                b_ds = b_p * (b_dp - b_delta)
+                if SOFTCAP:
+                    b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 
     inside_n = (o_n < n_k)[:, None]
     p_dk += b * stride_dkb + h_kv * stride_dkh

@@ -6,66 +6,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's vi
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, load_bounds, load_rows, read_run, visible
-
-
-@triton.jit
-def attend(
-    b_q,
-    p_k,
-    p_v,
-    b_top,
-    b_sum,
-    b_out,
-    o_m,
-    n0,
-    o_d,
-    o_dv,
-    p_starts,
-    p_ends,
-    stride_kn,
-    stride_vn,
-    n_q,
-    n_k,
-    intervals,
-    scale,
-    softcap,
-    PARTIAL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    INTERVALS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One tile of columns: the rows' maximum `[BM]`, their sum `[BM]` and what they gathered `[BM, DV]`, brought on."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    # What multiplies a score before the exponential: capped scores are scaled already.
-    factor = 1.0 if SOFTCAP else scale
-    # [BN, D]
-    b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
-    # [BM, BN]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    if SOFTCAP:
-        b_s = cap_scores(b_s, scale, softcap)
-    if PARTIAL:
-        o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-        bounds = load_bounds(p_starts, p_ends, o_n, n_k, INTERVALS)
-        see = visible(o_m[:, None], o_n, bounds, p_starts, p_ends, n_q, n_k, intervals, CAUSAL, INTERVALS)
-        b_s = tl.where(see, b_s, float("-inf"))
-    b_new = tl.maximum(b_top, tl.max(b_s, 1))
-    # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
-    b_anchor = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s * (factor * LOG2E) - (b_anchor * (factor * LOG2E))[:, None])
-    # The difference first: an unchanged maximum then decays by exactly 1, so a tile that is hidden changes no bit.
-    b_decay = tl.exp2((b_top - b_anchor) * (factor * LOG2E))
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    # [BN, DV]
-    b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
-    b_out = b_out * b_decay[:, None]
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
-    return b_new, b_sum, b_out
+from fm_longctx.kernels.primitives import cap_scores, hide, load_bounds, load_rows, read_run
 
 
 @triton.jit
@@ -75,8 +16,7 @@ def forward_kernel(
     p_v,
     p_out,
     p_lse,
-    p_starts,
-    p_ends,
+    p_bounds,
     p_runs,
     p_first,
     p_count,
@@ -93,6 +33,8 @@ def forward_kernel(
     stride_ob,
     stride_on,
     stride_oh,
+    stride_bg,
+    stride_bi,
     n_q,
     n_k,
     heads,
@@ -113,12 +55,12 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
     first = group * tl.num_programs(0)
     block = tl.load(p_order + first + tl.program_id(0))
-    p_starts += group * intervals * n_k
-    p_ends += group * intervals * n_k
+    p_bounds += group * stride_bg
     p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
     p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
 
@@ -132,26 +74,40 @@ def forward_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    # What multiplies a score before the exponential: capped scores are scaled already.
+    factor = 1.0 if SOFTCAP else scale
     run = tl.load(p_first + first + block)
     for r in range(run, run + tl.load(p_count + first + block)):
-        tile, end, partial = read_run(p_runs, r)
-        # Two loops, so that neither has a branch between its loads and its products, and both are pipelined.
-        if partial:
-            for t in range(tile, end):
-                b_top, b_sum, b_out = attend(
-                    b_q, p_k, p_v, b_top, b_sum, b_out, o_m, t * BLOCK_N, o_d, o_dv, p_starts, p_ends, stride_kn,
-                    stride_vn, n_q, n_k, intervals, scale, softcap, True, CAUSAL, INTERVALS, SOFTCAP, D, D_V, BLOCK_N,
-                    UPCAST,
+        begin, end, partial = read_run(p_runs, r)
+        for tile in range(begin, end):
+            n0 = tile * BLOCK_N
+            o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
+            bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
+            # [BN, D]
+            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
+            # [BM, BN]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            if SOFTCAP:
+                b_s = cap_scores(b_s, scale, softcap)
+            if partial:
+                diagonal = m0 < n0 + BLOCK_N - 1 - (n_k - n_q)
+                b_s = hide(
+                    b_s, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, float("-inf"),
+                    CAUSAL, INTERVALS,
                 )  # fmt: skip
-        else:
-            for t in range(tile, end):
-                b_top, b_sum, b_out = attend(
-                    b_q, p_k, p_v, b_top, b_sum, b_out, o_m, t * BLOCK_N, o_d, o_dv, p_starts, p_ends, stride_kn,
-                    stride_vn, n_q, n_k, intervals, scale, softcap, False, CAUSAL, INTERVALS, SOFTCAP, D, D_V, BLOCK_N,
-                    UPCAST,
-                )  # fmt: skip
+            b_new = tl.maximum(b_top, tl.max(b_s, 1))
+            # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
+            b_anchor = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_p = tl.exp2(b_s * (factor * LOG2E) - (b_anchor * (factor * LOG2E))[:, None])
+            # The difference first: an unchanged maximum then decays by exactly 1, so a hidden tile changes no bit.
+            b_decay = tl.exp2((b_top - b_anchor) * (factor * LOG2E))
+            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+            # [BN, DV]
+            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
+            b_out = b_out * b_decay[:, None]
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+            b_top = b_new
 
-    factor = 1.0 if SOFTCAP else scale
     seen = b_sum > 0.0
     b_out = b_out / tl.where(seen, b_sum, 1.0)[:, None]
     b_lse = tl.where(seen, b_top * factor + tl.log(tl.where(seen, b_sum, 1.0)), float("-inf"))

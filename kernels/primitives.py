@@ -25,47 +25,70 @@ def load_rows(p, first, count, stride, o_d, D: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def load_bounds(p_starts, p_ends, o_n, n_k, INTERVALS: tl.constexpr):
-    """The intervals of columns o_n: starts and ends in turn, a tuple. Empty if their number is not known (-1)."""
+def load_vector(p, wanted):
+    """What p, a row or column of pointers, points to; zeros unless `wanted`, a condition that is not known in advance.
+
+    Without a branch around it Triton makes so small a load an asynchronous copy of every thread, one element at a time,
+    which costs more than the products of a tile. To be called before the products, so that they hide its latency.
+    """
+    b = tl.zeros(p.shape, p.dtype.element_ty)
+    if wanted:
+        b = tl.load(p)
+    return b
+
+
+@triton.jit
+def load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS: tl.constexpr):
+    """Intervals of columns o_n if the tile is partial: of each start and 2^31 - 1 less the end, as `hidden_rows` says.
+
+    A flat tuple; empty if INTERVALS is negative.
+    """
     bounds = ()
-    for i in tl.static_range(INTERVALS):
-        b_start = tl.load(p_starts + i * n_k + o_n, mask=o_n < n_k, other=0)
-        b_end = tl.load(p_ends + i * n_k + o_n, mask=o_n < n_k, other=0)
-        bounds = bounds + (b_start, b_end)
+    for i in tl.static_range(2 * INTERVALS):
+        bounds = bounds + (load_vector(p_bounds + i * stride_bi + o_n, partial),)  # noqa: RUF005
     return bounds
 
 
 @triton.jit
-def visible(
+def hide(
+    x,
     o_m,
     o_n,
+    diagonal,
     bounds,
-    p_starts,
-    p_ends,
+    p_bounds,
+    stride_bi,
     n_q,
     n_k,
     intervals,
+    HIDDEN: tl.constexpr,
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
 ):
-    """Which scores of a tile are visible; o_m and o_n index rows and columns, `[BM, 1]` and `[1, BN]` or transposed.
+    """A tile with HIDDEN where it is masked; o_m and o_n index rows and columns, `[BM, 1]` and `[1, BN]` or transposed.
 
-    INTERVALS is the number of intervals a column, given as `bounds`; or -1, and a loop goes through `intervals` of them.
+    diagonal: whether any of its columns is hidden from any of its rows by causality.
+    INTERVALS is the number of intervals a column, given as `bounds`; or -1, and a loop reads `intervals` of them.
+    Columns past the end are hidden: by their intervals if there are any, else by whatever test there is.
     """
-    inside = o_n < n_k
-    # A column past the end is hidden from all rows by whatever test there is, so that only columns pay for it.
-    if CAUSAL:
-        see = o_m >= tl.where(inside, o_n - (n_k - n_q), 2147483647)
-    else:
-        see = inside & (o_m >= 0)
+    LAST: tl.constexpr = 2147483647
+    if INTERVALS == 0:
+        if CAUSAL:
+            x = tl.where(o_m >= tl.where(o_n < n_k, o_n - (n_k - n_q), LAST), x, HIDDEN)
+        else:
+            x = tl.where(o_n < n_k, x, HIDDEN)
+    elif CAUSAL:  # noqa: SIM102 (known when compiled; the other is not)
+        # Of the tiles that intervals touch few meet the diagonal.
+        if diagonal:
+            x = tl.where(o_m >= o_n - (n_k - n_q), x, HIDDEN)
     for i in tl.static_range(INTERVALS):
-        see = see & ((o_m < bounds[2 * i]) | (o_m >= bounds[2 * i + 1]))
+        x = tl.where((o_m >= bounds[2 * i]) & (bounds[2 * i + 1] < LAST - o_m), HIDDEN, x)
     if INTERVALS < 0:
         for i in range(intervals):
-            b_start = tl.load(p_starts + i * n_k + o_n, mask=inside, other=0)
-            b_end = tl.load(p_ends + i * n_k + o_n, mask=inside, other=0)
-            see = see & ((o_m < b_start) | (o_m >= b_end))
-    return see
+            b_start = tl.load(p_bounds + 2 * i * stride_bi + o_n)
+            b_left = tl.load(p_bounds + (2 * i + 1) * stride_bi + o_n)
+            x = tl.where((o_m >= b_start) & (b_left < LAST - o_m), HIDDEN, x)
+    return x
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from fm_longctx.mask.tiles import FULL, PARTIAL
 # States of tiles that exist at once while a schedule is built, one byte each.
 _MAX_STATES = 1 << 24
 _BLOCKS_AT_ONCE = 32
+_LARGEST_TILE = 128
 _CHUNK = 1024
 
 
@@ -50,6 +51,8 @@ class TileRuns(NamedTuple):
     """int32 `[B * H_mask, n]`: the number of tiles to visit."""
     order: Tensor
     """int32 `[B * H_mask, n]`: the blocks, most tiles first, so that the last to run are short."""
+    bounds: Tensor
+    """What partial tiles read, the same for all schedules of a mask: see `hidden_rows`."""
 
 
 def tile_runs(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> TileRuns:
@@ -63,8 +66,26 @@ def tile_runs(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> T
         # The operator is what torch.compile can trace; otherwise its dispatch would take as long as the kernels.
         build = _build_traced if torch.compiler.is_compiling() else _build
         built = build(mask.starts, mask.ends, mask.num_rows, mask.causal, block_m, block_n, by_row)
-        mask.cache[key] = TileRuns(*built)
+        mask.cache[key] = TileRuns(*built, hidden_rows(mask))
     return mask.cache[key]
+
+
+def hidden_rows(mask: FlashMask) -> Tensor:
+    """The intervals as the attention kernels read them, cached on the mask: int32 `[B * H_mask, R, N_k rounded up]`.
+
+    Rows 2 i and 2 i + 1 hold interval i: its start, and 2^31 - 1 less its end. So the zeros past the last column, also
+    those that TMA fills in, are the interval that hides every row. R is a power of two, at least 2, as TMA's boxes are;
+    N_k is rounded up to a multiple of the largest tile, so that no read needs a predicate.
+    """
+    if "bounds" not in mask.cache:
+        intervals, columns = mask.num_intervals, mask.num_columns
+        rows = max(2, triton.next_power_of_2(2 * intervals))
+        shape = (mask.batch, mask.heads, rows, max(1, -(-columns // _LARGEST_TILE)) * _LARGEST_TILE)
+        bounds = torch.zeros(shape, dtype=torch.int32, device=mask.device)
+        bounds[:, :, 0 : 2 * intervals : 2, :columns] = mask.starts
+        bounds[:, :, 1 : 2 * intervals : 2, :columns] = torch.iinfo(torch.int32).max - mask.ends
+        mask.cache["bounds"] = bounds.flatten(0, 1)
+    return mask.cache["bounds"]
 
 
 def _build(

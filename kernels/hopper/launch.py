@@ -17,9 +17,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fm_longctx.kernels import portable
 from fm_longctx.kernels.hopper.backward import backward_kernel
 from fm_longctx.kernels.hopper.forward import forward_kernel
-from fm_longctx.kernels.hopper.prepare import scale_kernel, statistics_kernel
 from fm_longctx.kernels.hopper.query_gradient import query_gradient_kernel
+from fm_longctx.kernels.hopper.scaling import scale_kernel
 from fm_longctx.kernels.schedule import TileRuns, tile_runs
+from fm_longctx.kernels.statistics import row_statistics
 from fm_longctx.mask import FlashMask
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -126,7 +127,7 @@ def forward(
             _describe(v, config.block_n),
             # Partial results in float32 do not fit into the queries' buffer: they go out by plain stores.
             _describe(out if out_dtype == q.dtype else q, 64),
-            _describe_bounds(mask, config.block_n),
+            _describe_bounds(runs, config.block_n),
             out,
             lse,
             runs.runs,
@@ -260,7 +261,7 @@ def _query_gradient(
             _describe(v, config.block_n),
             _describe(dout, 64),
             _describe(dq if grad_dtype == q.dtype else q, 64),
-            _describe_bounds(mask, config.block_n),
+            _describe_bounds(runs, config.block_n),
             dq,
             lse.contiguous(),
             delta.contiguous(),
@@ -298,14 +299,8 @@ def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _describe_statistics(lse: Tensor, delta: Tensor, block_m: int) -> TensorDescriptor:
-    """Descriptor that fetches lse (in units of log2) and delta of one row-block; both `[B, H, N_q]`, float32."""
-    b, h, n_q = lse.shape
-    blocks, rows = triton.cdiv(n_q, block_m), 1024
-    stats = torch.empty((b * h * blocks * 2, block_m), dtype=torch.float32, device=lse.device)
-    with torch.cuda.device_of(lse):
-        statistics_kernel[(triton.cdiv(blocks * block_m, rows), b * h)](
-            lse.contiguous(), delta.contiguous(), stats, n_q, blocks, BLOCK_M=block_m, ROWS=rows
-        )
+    """Descriptor that fetches lse (in units of log2) and delta of one row-block; both `[B, H, N_q]`."""
+    stats = row_statistics(lse, delta, block_m)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [2, block_m], layout)
 
@@ -323,22 +318,9 @@ def _describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescrip
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
 
-def _describe_bounds(mask: FlashMask, block_n: int) -> TensorDescriptor:
-    """Descriptor of two rows an interval in turn, `[B * H_mask * rows, N_k]`, cached on the mask: its start, and 2^31 - 1
-    less its end. So the zeros that TMA gives for columns past the end are the interval that hides all rows.
-
-    TMA wants boxes of a power of two rows and row strides of 16 bytes, so both are padded.
-    """
-    if "bounds" not in mask.cache:
-        rows = max(2, triton.next_power_of_2(2 * mask.num_intervals))
-        shape = (mask.batch, mask.heads, rows, -(-mask.num_columns // 4) * 4)
-        bounds = torch.zeros(shape, dtype=torch.int32, device=mask.device)
-        for i in range(mask.num_intervals):
-            bounds[:, :, 2 * i, : mask.num_columns] = mask.starts[:, :, i]
-            bounds[:, :, 2 * i + 1, : mask.num_columns] = torch.iinfo(torch.int32).max - mask.ends[:, :, i]
-        mask.cache["bounds"] = bounds
-    bounds = mask.cache["bounds"]
-    rows = bounds.shape[2]
-    flat = bounds.view(-1, bounds.shape[3])
+def _describe_bounds(runs: TileRuns, block_n: int) -> TensorDescriptor:
+    """Descriptor of the interval bounds of `block_n` columns of one mask group."""
+    _, rows, columns = runs.bounds.shape
+    flat = runs.bounds.view(-1, columns)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, block_n], layout)

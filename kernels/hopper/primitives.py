@@ -22,7 +22,7 @@ def hide_rows(
 ):
     """Scores `[64, BLOCK_N]` with the masked ones -inf; o_m `[64]` row indices from m0 on, n0 the first column.
 
-    bounds: in shared memory, as `launch._describe_bounds` lays them out; columns past the end hide all rows there.
+    bounds: in shared memory, rows of `TileRuns.bounds`; columns past the end hide all rows there.
     """
     LAST: gl.constexpr = 2147483647
     o_m = gl.expand_dims(o_m, 1)
@@ -33,7 +33,7 @@ def hide_rows(
             s = gl.where(o_m >= gl.where(o_n < n_k, o_n - (n_k - n_q), LAST), s, float("-inf"))
         else:
             s = gl.where(o_n < n_k, s, float("-inf"))
-    elif CAUSAL:
+    elif CAUSAL:  # noqa: SIM102 (known when compiled; the other is not)
         # Of the tiles that intervals touch few meet the diagonal, and whether one does is the same for all threads.
         if m0 < n0 + BLOCK_N - 1 - (n_k - n_q):
             s = gl.where(o_m >= o_n - (n_k - n_q), s, float("-inf"))
@@ -73,7 +73,7 @@ def hide_columns(
             s = gl.where(o_m >= gl.expand_dims(o_first, 1), s, float("-inf"))
         else:
             s = gl.where(gl.expand_dims(inside, 1), s, float("-inf"))
-    elif CAUSAL:
+    elif CAUSAL:  # noqa: SIM102 (known when compiled; the other is not)
         if m0 < n0 + 63 - (n_k - n_q):
             s = gl.where(o_m >= gl.expand_dims(o_n - (n_k - n_q), 1), s, float("-inf"))
     for i in gl.static_range(INTERVALS):

@@ -29,8 +29,9 @@ from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
 from fm_longctx.kernels.hopper import forward as hopper_forward_kernels
 from fm_longctx.kernels.hopper import launch
 from fm_longctx.kernels.hopper import query_gradient as hopper_query_kernels
-from fm_longctx.kernels.hopper.prepare import scale_kernel, statistics_kernel
+from fm_longctx.kernels.hopper.scaling import scale_kernel
 from fm_longctx.kernels.schedule import tile_runs_kernel, tile_states_kernel
+from fm_longctx.kernels.statistics import statistics_kernel
 
 FLOATS = {"scale", "softcap"}
 PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
@@ -43,7 +44,7 @@ SMALL = {
     ),
     "runs": (tile_runs_kernel, dict(CHUNK=1024, PARTIAL=1), {"p_states": "*i8", "p_used": "*i64"}),
     "delta": (delta_kernel, dict(HAS_DLSE=True, D_V=128, BLOCK_DV=128, BLOCK=32), {"p_dlse": "*fp32"}),
-    "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {"p_stats": "*fp32"}),
+    "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {}),
     "scaling": (scale_kernel, dict(BLOCK=2048), {"p_sum": "*fp32"}),
 }
 
@@ -183,9 +184,9 @@ def resources(
 
 
 def _type(name: str) -> str:
-    if name in ("p_lse", "p_delta"):
+    if name in ("p_lse", "p_delta", "p_stats"):
         return "*fp32"
-    if name in ("p_starts", "p_ends", "p_runs", "p_first", "p_tiles", "p_count", "p_order"):
+    if name in ("p_starts", "p_ends", "p_bounds", "p_runs", "p_first", "p_tiles", "p_count", "p_order"):
         return "*i32"
     if name.startswith("p_"):
         return "*bf16"

@@ -1,7 +1,13 @@
-"""What runs before and after the Hopper backward kernels: row statistics in TMA's layout, and dQ out of its sum."""
+"""What a backward kernel that walks row-blocks reads of each row, block by block."""
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_ROWS = 1024
 
 
 @triton.jit
@@ -31,9 +37,16 @@ def statistics_kernel(
     tl.store(p_block + BLOCK_M, b_delta, mask=exists)
 
 
-@triton.jit
-def scale_kernel(p_sum, p_out, scale, count, BLOCK: tl.constexpr):
-    """out = scale * sum, element by element; both contiguous, and they may be the same."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_sum = tl.load(p_sum + o, mask=o < count)
-    tl.store(p_out + o, (b_sum * scale).to(p_out.dtype.element_ty), mask=o < count)
+def row_statistics(lse: Tensor, delta: Tensor, block_m: int) -> Tensor:
+    """float32 `[B * H * row-blocks * 2, block_m]`: of each row-block lse in units of log2, then delta.
+
+    lse, delta: float32 `[B, H, N_q]`.
+    """
+    b, h, n_q = lse.shape
+    blocks = triton.cdiv(n_q, block_m)
+    stats = torch.empty((b * h * blocks * 2, block_m), dtype=torch.float32, device=lse.device)
+    with torch.cuda.device_of(lse):
+        statistics_kernel[(triton.cdiv(blocks * block_m, _ROWS), b * h)](
+            lse.contiguous(), delta.contiguous(), stats, n_q, blocks, BLOCK_M=block_m, ROWS=_ROWS
+        )
+    return stats
