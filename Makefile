@@ -4,9 +4,11 @@
 # make nightly thousands of random masks, where `make test` tries hundreds
 #
 # Each makes .venv with what it needs, pinned in requirements/, and does so again only when those files change.
+# WORKERS=4 make test           runs test files in four processes, 2 if not said; 0 is pytest's own process alone.
 # PYTHON=python3.12 make test   uses another interpreter. pip's own settings (PIP_EXTRA_INDEX_URL, ...) are respected.
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -24,7 +26,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	@echo "== Tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
 nightly: $(VENV)/.dev
 	@echo "== Thousands of random masks"

@@ -2,6 +2,9 @@
 
 import os
 
+# Read when torch is imported. One thread a process: `make test` runs two of them, and each may start ranks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -10,10 +10,13 @@
     def test_sum():
         assert run_ranks(3, sum_over_ranks, 10) == [33, 33, 33]
 
-Processes start at first use, stay for the session (a call costs milliseconds, not a spawn) and end with it. Every call
-gets a process group of its own: inside `fn` the default group is gloo with exactly `world_size` ranks, so device meshes
-and sub-groups start from nothing, and RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set as torchrun sets them.
+Processes start at first use, stay for the session (a call costs milliseconds, not a start) and end with it. They are
+forks of one process that has imported what all of them need, so that starting one costs little. Every call gets a
+process group of its own: inside `fn` the default group is gloo with exactly `world_size` ranks, so device meshes and
+sub-groups start from nothing, and RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set as torchrun sets them.
 Arguments and results travel by pickle: keep tensors on the CPU and detached. torch has one thread and seed 0.
+
+Each pytest process has a pool and a store of its own, at a port that the system gives, so several do not meet.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# Imported before the ranks are forked, in place of some 5 seconds of work in each of them. Nothing that starts a thread
+# or asks for a GPU when imported: a fork cannot use either. Test modules may, and each rank imports those itself.
+PRELOADED = ["torch", "torch._dynamo", "transformers"]
 # When one rank has failed the others usually wait for it in a collective; they get this long to finish by themselves.
 GRACE_SECONDS = 5.0
 
@@ -100,7 +106,8 @@ class _Pool:
             import torch.distributed as dist
 
             self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         while len(self.workers) < world_size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(len(self.workers), theirs), daemon=True)

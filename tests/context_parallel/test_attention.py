@@ -93,7 +93,9 @@ def test_a_mask_for_each_sample_and_head(world_size):
     inputs = make_inputs(batch=2, heads=4, kv_heads=2, d=8, d_v=6)
     masks, visibles = [], []
     for heads in (1, 2, 4):
-        visible = torch.rand(2, heads, LENGTH, LENGTH, generator=generator) < 0.3
+        # Runs of seven rows: a few intervals a column; how many there are is what attention and planning cost.
+        visible = torch.rand(2, heads, -(-LENGTH // 7), LENGTH, generator=generator) < 0.3
+        visible = visible.repeat_interleave(7, dim=2)[:, :, :LENGTH].clone()
         visible[0, :, 40:60] = False  # rows that see nothing in one sample
         visible[1, 0, :, 70:] = False
         visible[:, :, 90] = False  # and one that sees nothing in any

@@ -6,17 +6,17 @@ Gluon's and Triton's compilers come with their wheels, and so do ptxas and nvdis
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
 from triton.compiler.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
@@ -145,7 +145,8 @@ HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward, 
 def resources(
     kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, int]
 ) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, ptxas's warnings, and the order of the wgmma waits and exponentials."""
+    """Registers, spilled bytes, shared memory, ptxas's warnings, and, of Gluon's, the order of wgmma waits and
+    exponentials."""
     signature: dict[str, str] = {}
     divisible = {}
     for index, name in enumerate(kernel.arg_names):
@@ -161,16 +162,12 @@ def resources(
                 divisible[(index,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, values, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-    target = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        command = [nvidia.get_ptxas(capability).path, "-v", f"--gpu-name={target}", ptx, "-o", cubin]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # ptxas runs once, as for a launch, and what it says of the kernel is printed; from a cache nothing would be.
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as printed:
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    log = printed.getvalue()
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert spills and registers, log
@@ -179,8 +176,17 @@ def resources(
         "spilled": int(spills[1]) + int(spills[2]),
         "shared": compiled.metadata.shared,
         "warnings": [line for line in log.splitlines() if "C75" in line],
-        "order": re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass),
+        "order": order_of(compiled.asm["cubin"]) if kernel.is_gluon() else [],
     }
+
+
+def order_of(cubin: bytes) -> list[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass)
 
 
 def _type(name: str) -> str:

@@ -15,11 +15,12 @@ BACKWARD = [f"hopper_backward-{d}-1-1-1-1" for d in (64, 128)]
 BACKWARD += [f"hopper_backward-{d}-3-0-{rest}" for d in (64, 128) for rest in ("1-1", "1-0", "0-1")]
 QUERY = ["hopper_query-64-1-1-1", "hopper_query-128-3-0-1", "hopper_query-128-1-1-0"]
 HOPPER = FORWARD + BACKWARD + QUERY
-# Every block in kernels/blocks.py: kernel, dtype, capability, D, intervals.
+# Every block in kernels/blocks.py: kernel, dtype, capability, D, intervals. Those of float32 are the same on every
+# architecture: once each.
 PORTABLE = [
     f"{kind}-{dtype}-{capability}-{d}-1"
-    for dtype in ("bf16", "fp32")
-    for capability in SHARED
+    for dtype, capabilities in (("bf16", list(SHARED)), ("fp32", [90]))
+    for capability in capabilities
     for d in (64, 128, 256)
     for kind in ("forward", "query", "key")
 ]
@@ -47,8 +48,6 @@ SPILLS = {
     # A few scalars outside the loop.
     "forward-bf16-100-64-1": 12,
     "forward-fp32-90-256-1": 24,
-    "key-fp32-80-64-1": 8,
-    "key-fp32-100-64-1": 24,
 }
 
 
@@ -85,7 +84,8 @@ def test_resources(name, reports):
         capability = int(name.split("-")[1 if name in SMALL else 2])
     assert report["spilled"] <= SPILLS.get(name, 0)
     assert report["warnings"] == []  # C7511, C7512, C7515: wgmma is serialised
-    assert report["shared"] <= SHARED[capability]
+    # A block of float32 must fit them all.
+    assert report["shared"] <= (min(SHARED.values()) if "-fp32-" in name else SHARED[capability])
 
 
 @pytest.mark.parametrize("name", FORWARD)

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from fm_longctx.train import cli
 
 ROOT = Path(__file__).parents[2]
 DEMO = ["--config", "configs/demo_cpu.yaml"]
@@ -40,7 +43,7 @@ def launch(*arguments, ranks=2, script="launch/train.py"):
     return process.returncode, out, err
 
 
-def test_the_demo_for_a_few_steps(tmp_path):
+def test_the_demo_for_a_few_steps(tmp_path, monkeypatch, capsys):
     code, out, err = launch(*DEMO, *TINY, "--train.steps", "3", "--train.folder", str(tmp_path / "run"))
     assert code == 0, err
     assert "data 1 x context 2" in out
@@ -50,17 +53,23 @@ def test_the_demo_for_a_few_steps(tmp_path):
     assert {"config.yaml", "mask.png", "metrics.jsonl", "checkpoints"} == {p.name for p in (tmp_path / "run").iterdir()}
 
     # The same folder, for another model: refused before any process group is made.
-    code, out, err = launch(
-        *DEMO,
-        *TINY,
-        "--train.folder",
-        str(tmp_path / "run"),
-        "--train.if_exists",
-        "resume",
-        "--model.num_hidden_layers=2",
-    )
-    assert code != 0
-    only_message(err, "is of another model: num_hidden_layers 1 there, 2 here")
+    again = ["--train.folder", str(tmp_path / "run"), "--train.if_exists", "resume", "--model.num_hidden_layers=2"]
+    code, _, err = on_each_of_two_ranks(monkeypatch, capsys, *DEMO, *TINY, *again)
+    assert code == 2 and not dist.is_initialized()
+    assert err.startswith("error: ") and "is of another model: num_hidden_layers 1 there, 2 here" in err
+
+
+def on_each_of_two_ranks(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of rank 0, in this process; rank 1 must end alike and be silent."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        ended.append((cli.main(arguments, usage=""), *capsys.readouterr()))
+    assert ended[0] == (ended[1][0], "", "")
+    return ended[1]
 
 
 def only_message(err, words):
@@ -70,21 +79,27 @@ def only_message(err, words):
     assert "fm_longctx/train" not in err, err
 
 
+def test_bad_input_under_torchrun():
+    """The last of what is refused: the whole config is right, and what it names is not there."""
+    began = time.monotonic()
+    code, out, err = launch(*DEMO, "--data.source=files", "--data.path=/nowhere/at/all")
+    assert code != 0
+    only_message(err, "data.path='/nowhere/at/all' does not exist")
+    assert not out
+    assert time.monotonic() - began < 60
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--train.stpes", "3"], "unknown key train.stpes. Did you mean train.steps?"),
         (["--parallel.context", "3"], "parallel.context=3 does not divide the 2 ranks of this job"),
-        (["--data.source=files", "--data.path=/nowhere/at/all"], "data.path='/nowhere/at/all' does not exist"),
     ],
 )
-def test_bad_input_under_torchrun(arguments, words):
-    began = time.monotonic()
-    code, out, err = launch(*DEMO, *arguments)
-    assert code != 0
-    only_message(err, words)
-    assert not out
-    assert time.monotonic() - began < 60
+def test_bad_input_is_one_line_of_rank_0(arguments, words, monkeypatch, capsys):
+    code, out, err = on_each_of_two_ranks(monkeypatch, capsys, *DEMO, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and words in err and len(err.splitlines()) == 1
 
 
 FAILS_ON_ONE_RANK = """
@@ -117,13 +132,14 @@ def test_a_failure_of_one_rank_ends_the_job_with_its_message(tmp_path):
     ]
 
 
-def test_help_and_dry_run_need_no_ranks():
+def test_help_and_dry_run_need_no_ranks(monkeypatch, capsys):
     code, out, _ = launch("--help", ranks=0)
     assert code == 0
     assert "torchrun --nproc-per-node 2 launch/train.py" in out and "--parallel.context int (default 1)" in out
-    code, out, err = launch("--config", "configs/llama70b_128k.yaml", "--dry-run", ranks=0)
-    assert code == 0, err
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["--config", "configs/llama70b_128k.yaml", "--dry-run"], usage="") == 0
+    out = capsys.readouterr().out
     assert "70,553,706,496 parameters" in out and "64 ranks = data 8 x context 8" in out
-    code, out, err = launch(*DEMO, "--dry-run", "--parallel.ranks", "3", ranks=0)
-    assert code == 2
+    assert cli.main([*DEMO, "--dry-run", "--parallel.ranks", "3"], usage="") == 2
+    err = capsys.readouterr().err
     assert err.splitlines() == [err.strip()] and "does not divide the 3 ranks" in err
