@@ -42,6 +42,7 @@ QUERY = [
 KEY = [
     *(Block(m, 128, 8, s) for m in (32, 64) for s in (1, 2, 3)),
     *(Block(m, 64, 4, s) for m in (32, 64) for s in (1, 2, 3)),
+    *(Block(128, n, 8, s) for n in (64, 128) for s in (1, 2)),
 ]
 
 

@@ -58,6 +58,7 @@ def backward_q_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -75,8 +76,8 @@ def backward_q_kernel(
     o_dv = tl.arange(0, BLOCK_DV)[None, :]
     inside = o_m < n_q
     # [BM, D], [BM, DV]
-    b_q = load_rows(p_q + b * stride_qb + h * stride_qh, m0, n_q, stride_qn, o_d, D, BLOCK_M, UPCAST)
-    b_do = load_rows(p_dout + b * stride_ob + h * stride_oh, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, UPCAST)
+    b_q = load_rows(p_q + b * stride_qb + h * stride_qh, m0, n_q, stride_qn, o_d, D, BLOCK_M, False, UPCAST)
+    b_do = load_rows(p_dout + b * stride_ob + h * stride_oh, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, False, UPCAST)
     p_row = (b * heads + h) * n_q + o_m
     b_lse = tl.load(p_lse + p_row, mask=inside, other=float("-inf"))
     # exp2(s - inf) = 0: a row that sees nothing has no gradient.
@@ -93,8 +94,8 @@ def backward_q_kernel(
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
             # [BN, D], [BN, DV]
-            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
-            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
+            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, EVEN, UPCAST)
+            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, EVEN, UPCAST)
             # [BM, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if SOFTCAP:
@@ -169,6 +170,7 @@ def backward_kv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -184,8 +186,8 @@ def backward_kv_kernel(
     o_d = tl.arange(0, BLOCK_D)[None, :]
     o_dv = tl.arange(0, BLOCK_DV)[None, :]
     # [BN, D], [BN, DV]
-    b_k = load_rows(p_k + b * stride_kb + h_kv * stride_kh, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
-    b_v = load_rows(p_v + b * stride_vb + h_kv * stride_vh, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
+    b_k = load_rows(p_k + b * stride_kb + h_kv * stride_kh, n0, n_k, stride_kn, o_d, D, BLOCK_N, False, UPCAST)
+    b_v = load_rows(p_v + b * stride_vb + h_kv * stride_vh, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, False, UPCAST)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -210,8 +212,8 @@ def backward_kv_kernel(
                 p_row = p_stats_h + tile * (2 * BLOCK_M) + o_r
                 b_lse, b_delta = load_vector(p_row, n_q > 0), load_vector(p_row + BLOCK_M, n_q > 0)
                 # [BM, D], [BM, DV]
-                b_q = load_rows(p_q_h, m0, n_q, stride_qn, o_d, D, BLOCK_M, UPCAST)
-                b_do = load_rows(p_do_h, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, UPCAST)
+                b_q = load_rows(p_q_h, m0, n_q, stride_qn, o_d, D, BLOCK_M, EVEN, UPCAST)
+                b_do = load_rows(p_do_h, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, EVEN, UPCAST)
                 # [BN, BM]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                 if SOFTCAP:

@@ -53,6 +53,7 @@ def forward_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -69,7 +70,7 @@ def forward_kernel(
     o_d = tl.arange(0, BLOCK_D)[None, :]
     o_dv = tl.arange(0, BLOCK_DV)[None, :]
     # [BM, D]
-    b_q = load_rows(p_q + b * stride_qb + h * stride_qh, m0, n_q, stride_qn, o_d, D, BLOCK_M, UPCAST)
+    b_q = load_rows(p_q + b * stride_qb + h * stride_qh, m0, n_q, stride_qn, o_d, D, BLOCK_M, False, UPCAST)
     b_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -84,7 +85,7 @@ def forward_kernel(
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
             # [BN, D]
-            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, UPCAST)
+            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, EVEN, UPCAST)
             # [BM, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if SOFTCAP:
@@ -103,7 +104,7 @@ def forward_kernel(
             b_decay = tl.exp2((b_top - b_anchor) * (factor * LOG2E))
             b_sum = b_sum * b_decay + tl.sum(b_p, 1)
             # [BN, DV]
-            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, UPCAST)
+            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, EVEN, UPCAST)
             b_out = b_out * b_decay[:, None]
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
             b_top = b_new

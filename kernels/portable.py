@@ -90,6 +90,7 @@ def forward(
             **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
+            EVEN=k.shape[1] % block.n == 0,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -159,6 +160,7 @@ def query_gradient(
             **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
+            EVEN=k.shape[1] % block.n == 0,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -207,6 +209,7 @@ def key_gradients(
             **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
+            EVEN=q.shape[1] % block.m == 0,
             num_warps=block.warps,
             num_stages=block.stages,
         )

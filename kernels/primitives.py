@@ -8,13 +8,18 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(p, first, count, stride, o_d, D: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+def load_rows(
+    p, first, count, stride, o_d, D: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr
+):
     """Tile `[BLOCK, D padded]` of rows first.. of a `[count, D]` matrix; o_d `[1, D padded]`.
 
-    Rows past the end repeat the last one, which costs no predicate: whoever uses them must hide them. Offsets are
-    relative to the tile's first row, so that only that address needs 64 bits.
+    Rows past the end repeat the last one, which costs no predicate: whoever uses them must hide them. EVEN: BLOCK
+    divides count, so there are none, and the offsets are the same for every tile. They are relative to the tile's
+    first row, so that only that address needs 64 bits.
     """
-    o_r = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)[:, None]
+    o_r = tl.arange(0, BLOCK)[:, None]
+    if not EVEN:
+        o_r = tl.minimum(o_r, count - 1 - first)
     p_tile = p + tl.cast(first, tl.int64) * stride + o_r * stride + o_d
     if o_d.shape[1] == D:
         b = tl.load(p_tile)

@@ -33,6 +33,7 @@ from fm_longctx.kernels.hopper.scaling import scale_kernel
 from fm_longctx.kernels.schedule import tile_runs_kernel, tile_states_kernel
 from fm_longctx.kernels.statistics import statistics_kernel
 
+EVEN = False
 FLOATS = {"scale", "softcap"}
 PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
 # What runs around them, with its constants and the types that differ from what names tell.
@@ -65,7 +66,7 @@ def main() -> None:
 def portable(kind: str, dtype: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
     block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d), kind)
     constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
-    constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, UPCAST=False)
+    constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN, UPCAST=False)
     options = dict(num_warps=block.warps, num_stages=block.stages)
     types = {name: f"*{dtype}" for name in ("p_q", "p_k", "p_v", "p_out", "p_dout", "p_dq", "p_dk", "p_dv")}
     return resources(PORTABLE[kind], types, constants, capability, options)
