@@ -185,9 +185,11 @@ def forward_step(data_iterator, model):
 def checkpoint_of(model, optimizer, iteration, *, is_loading=False):
     bare = model.module.module if isinstance(model.module, Float16Module) else model.module
     weights = bare.sharded_state_dict()
+    # Of the distributed optimizer's formats the one that other parallel sizes can load; others take no notice of it.
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
         "iteration": iteration,
     }
 

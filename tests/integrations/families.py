@@ -42,20 +42,20 @@ def make(family, implementation, **changes):
     """A three-layer model of the family, the same weights for every implementation."""
     config_class, own, _ = FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **{**own, **changes},
-    )
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = config_class(**common | own | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):

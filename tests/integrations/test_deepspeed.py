@@ -15,6 +15,7 @@ from tests.distributed import run_ranks
 from tests.integrations.deepspeed_world import deepspeed_world
 from tests.integrations.families import make
 from tests.integrations.separate import mean_loss
+from tests.integrations.test_trainer import forget
 
 pytest.importorskip("deepspeed")
 GENERATOR = torch.Generator().manual_seed(11)
@@ -172,6 +173,41 @@ def test_bfloat16(start):
         for name, exact in after.items():
             mine, change = changed[name] - rounded[name], exact - start[name]
             assert torch.nn.functional.cosine_similarity(mine.flatten(), change.flatten(), dim=0) > 0.97, name
+
+
+def accelerated():
+    """The loop that Accelerate's users write; it calls deepspeed.initialize itself."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    forget()
+    try:
+        with deepspeed_world() as deepspeed:
+            plug.install()
+            accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config_of(2)))
+            model = make("llama", "sdpa")
+            engine, optimizer = accelerator.prepare(model, optimizer_of(model))
+            run = engine.flashmask
+            losses, norms = [], []
+            for first in (0, 2):
+                loader = DataLoader(MICRO_BATCHES[first : first + 2], batch_size=None, collate_fn=run.collator())
+                (batches,) = run.steps(loader)
+                labels = run.num_items(batches)
+                losses.append(0.0)
+                for batch in batches:
+                    with accelerator.accumulate(engine):
+                        loss = engine(**run.prepare(batch), use_cache=False, num_items_in_batch=labels).loss
+                        accelerator.backward(loss)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        losses[-1] += loss.item() / len(batches)
+                norms.append(float(engine.get_global_grad_norm()))
+            return losses, norms, weights(deepspeed, engine)
+    finally:
+        forget()
+
+
+def test_accelerate_honours_the_section(start):
+    check(run_ranks(2, accelerated, timeout=600), expected(1), start, 2e-5)
 
 
 def first_step(folder, cp):

@@ -1,9 +1,13 @@
 """The Hugging Face Trainer over sharded sequences, with torch's data parallelism and with DeepSpeed: as on one rank."""
 
 import os
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DistributedSampler
 from transformers import Trainer, TrainingArguments
 
@@ -55,39 +59,54 @@ def arguments(folder, **changes):
         "remove_unused_columns": False,
         "logging_steps": 1,
         "disable_tqdm": True,
-        "prediction_loss_only": True,
         "seed": 3,
     }
     return TrainingArguments(**{**options, **changes})
 
 
 def forget():
-    """Accelerate keeps the process group of the last call, and in the environment that it used DeepSpeed."""
+    """Accelerate keeps the process group of the last call, and in the environment that it used DeepSpeed or FSDP."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
-def trained(folder, family, stage):
+@contextmanager
+def fsdp_on_cpu():
+    """accelerate shards on accelerators alone, and on a CPU uses DDP without a word: it is told that this is one."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    told = ("gloo", DistributedType.MULTI_GPU)
+    with (
+        mock.patch.object(PartialState, "_prepare_backend", lambda self, *args: told),
+        mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu"),
+    ):
+        yield
+
+
+def trained(folder, family, engine):
     """Logged losses, the loss of an evaluation after training, and the weights."""
     from fm_longctx.integrations import deepspeed as plug
 
     forget()
     integration.register()
-    with deepspeed_world() as deepspeed:
+    with deepspeed_world() as deepspeed, fsdp_on_cpu() if engine == "fsdp" else nullcontext():
         changes = {}
-        if stage is not None:
+        if engine == "fsdp":
+            changes["fsdp"] = True
+        if engine == "zero3":
             plug.install()
             changes["deepspeed"] = {
                 "train_batch_size": "auto",
                 "train_micro_batch_size_per_gpu": "auto",
                 "gradient_accumulation_steps": "auto",
                 "gradient_clipping": "auto",
-                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
                 "zero_allow_untested_optimizer": True,
                 "flashmask": {"context_parallel_size": 2},
             }
@@ -102,12 +121,17 @@ def trained(folder, family, stage):
                 ),
             )
             trainer.train()
-            evaluated = trainer.evaluate()["eval_loss"] if stage is None else None
+            evaluated = trainer.evaluate()["eval_loss"] if engine != "zero3" else None
             logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             model = trainer.accelerator.unwrap_model(trainer.model)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the evaluation left the last layers whole
+            sharded = [isinstance(p, DTensor) for p in model.parameters()]
+            assert all(sharded) if engine == "fsdp" else not any(sharded)
             with deepspeed.zero.GatheredParameters(list(model.parameters())):
                 after = {n: p.detach().clone() for n, p in model.named_parameters()}
-            return logged, evaluated, after
+            return logged, evaluated, {n: p.full_tensor() if engine == "fsdp" else p for n, p in after.items()}
         finally:
             forget()
 
@@ -131,19 +155,22 @@ def expected(family):
     return losses, sum(batches) / 4, {n: p.detach() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family, stage", [("gemma3", None), ("llama", 3)])
-def test_trainer_over_two_ranks_equals_one(family, stage, tmp_path):
-    if stage is not None:
-        pytest.importorskip("deepspeed")
+@pytest.mark.parametrize("family, engine", [("gemma3", "ddp"), ("llama", "fsdp"), ("llama", "zero3")])
+def test_trainer_over_two_ranks_equals_one(family, engine, tmp_path):
     losses, loss_after, after = expected(family)
     start = {n: p.detach() for n, p in make(family, "eager").named_parameters()}
-    for logged, evaluated, weights in run_ranks(2, trained, str(tmp_path), family, stage, timeout=120):
+    for logged, evaluated, weights in run_ranks(2, trained, str(tmp_path), family, engine, timeout=120):
         assert logged == pytest.approx(losses, rel=1e-3)  # it rounds what it logs
-        if stage is None:
+        if evaluated is not None:
             assert evaluated == pytest.approx(loss_after, rel=1e-5)
-        for name, exact in after.items():
-            rounding = 2 * torch.finfo(torch.float32).eps * exact.abs().max()
-            assert (weights[name] - exact).abs().max() <= 3e-5 * (exact - start[name]).abs().max() + rounding, name
+        assert_trained(weights, after, start)
+
+
+def assert_trained(got, exact, start):
+    """The change of each weight from its start, but for the rounding of the weight itself."""
+    for name, weight in exact.items():
+        rounding = 2 * torch.finfo(torch.float32).eps * weight.abs().max()
+        assert (got[name] - weight).abs().max() <= 3e-5 * (weight - start[name]).abs().max() + rounding, name
 
 
 def evaluated_first(folder):

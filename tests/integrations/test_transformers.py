@@ -1,5 +1,6 @@
 """attn_implementation="fm_longctx": every family equals eager attention with a dense mask, and no mask is dropped."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -37,13 +38,17 @@ def eager(family, visible=VISIBLE, **keywords):
 
 
 @pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("given", ["positions", "flashmask", "checkpointing"])
-def test_packed_documents_equal_eager(family, given):
-    model = make(family, integration.NAME)
-    if given == "checkpointing":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    got = outcome(model, **({"flashmask": MASK} if given == "flashmask" else {}))
-    assert_close(got, eager(family))
+def test_packed_documents_equal_eager(family):
+    """Told by positions or given as a mask, with all activations kept or recomputed."""
+    want = eager(family)
+    assert_close(outcome(make(family, integration.NAME)), want)
+    assert_close(outcome(make(family, integration.NAME), flashmask=MASK), want)
+    for reentrant in (False, True):
+        model = make(family, integration.NAME)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        # The older form of recomputation takes gradients through what enters a layer alone.
+        model.enable_input_require_grads()
+        assert_close(outcome(model, **({"flashmask": MASK} if reentrant else {})), want)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -221,12 +226,27 @@ def test_lora():
     assert_close(got, trained(adapted("eager"), attention_mask=dense("llama", VISIBLE)))
 
 
-def test_compiled():
-    """Dynamo traces the whole model but the mask, which is built before."""
-    model = make("llama", integration.NAME)
-    compiled = torch.compile(model, backend="eager")
-    got = {name.removeprefix("_orig_mod."): x for name, x in outcome(compiled, flashmask=MASK).items()}
-    assert_close(got, eager("llama"))
+@pytest.mark.parametrize(
+    "backend, family, given",
+    [
+        ("aot_eager", "llama", "positions"),
+        ("aot_eager", "gemma3", "flashmask"),
+        pytest.param(
+            *("inductor", "llama", "flashmask"),
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU"),
+        ),
+    ],
+)
+def test_compiled(backend, family, given, tmp_path, monkeypatch):
+    """Forward and backward. In one graph where the mask is given; a mask to be found breaks it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    changes = {"num_hidden_layers": 1} if family == "llama" else {}
+    masks = {"full_attention": MASK, "sliding_attention": MASK & builders.sliding_window(N, WINDOW)}
+    mask = {"flashmask": masks} if given == "flashmask" else {}
+    compiled = torch.compile(make(family, integration.NAME, **changes), backend=backend, fullgraph=given == "flashmask")
+    got = {name.removeprefix("_orig_mod."): x for name, x in outcome(compiled, **mask).items()}
+    assert_close(got, outcome(make(family, "eager", **changes), attention_mask=dense(family, VISIBLE)))
 
 
 def test_mask_is_built_once_for_all_layers(monkeypatch):

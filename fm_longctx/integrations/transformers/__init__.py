@@ -14,9 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fm_longctx.integrations.transformers.collator import DataCollatorForFlashMask, sequence_log_probs
+    from fm_longctx.integrations.transformers.collator import DataCollatorForFlashMask
     from fm_longctx.integrations.transformers.layer import attention
     from fm_longctx.integrations.transformers.registry import NAME, register
+    from fm_longctx.integrations.transformers.sequences import (
+        dpo_loss,
+        reward_loss,
+        sequence_log_probs,
+        sequence_values,
+    )
     from fm_longctx.integrations.transformers.trainer import ContextParallelTrainerMixin
 
 __all__ = [
@@ -24,8 +30,11 @@ __all__ = [
     "ContextParallelTrainerMixin",
     "DataCollatorForFlashMask",
     "attention",
+    "dpo_loss",
     "register",
+    "reward_loss",
     "sequence_log_probs",
+    "sequence_values",
 ]
 
 # Loaded at first use: a collator in a dataloader worker must not import triton or torch.distributed.
@@ -34,8 +43,11 @@ _MODULES = {
     "ContextParallelTrainerMixin": "trainer",
     "DataCollatorForFlashMask": "collator",
     "attention": "layer",
+    "dpo_loss": "sequences",
     "register": "registry",
-    "sequence_log_probs": "collator",
+    "reward_loss": "sequences",
+    "sequence_log_probs": "sequences",
+    "sequence_values": "sequences",
 }
 
 

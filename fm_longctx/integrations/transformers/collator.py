@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.integrations.transformers.trees import IGNORED, Node, Packed, pack, windowed
@@ -161,32 +160,6 @@ class DataCollatorForFlashMask:
         if self.return_sequence_ids:
             batch["sequence_ids"] = plan.shard(packed.sequence_ids, rank, 0)[None]
         return batch
-
-
-def sequence_log_probs(logits: Tensor, batch: Mapping[str, Any], num_sequences: int | None = None) -> Tensor:
-    """Log-probability of each sequence of a batch, float32 `[sequences]`, in the order of the features.
-
-    A document is one sequence, a pair is two (chosen, rejected), completions are one each, a tree has one a segment.
-
-    Args:
-        logits: `[1, T, vocabulary]`.
-        batch: from a `DataCollatorForFlashMask(return_sequence_ids=True)`. Of a sharded one this is the rank's part of
-            each sum; the sum over the ranks is the whole.
-        num_sequences: of the batch; counted on this rank if not given, which a sharded batch does not allow.
-    """
-    ids = batch["sequence_ids"].to(logits.device)
-    if num_sequences is None:
-        if "shift_labels" in batch:
-            raise ValueError("a sharded batch does not show how many sequences there are: pass num_sequences=.")
-        num_sequences = int(ids.max()) + 1
-    if "shift_labels" in batch:
-        labels = batch["shift_labels"].to(logits.device)
-    else:
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).to(logits.device)
-    counted = (labels != IGNORED) & (ids >= 0)
-    chosen = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    total = torch.zeros(num_sequences, dtype=torch.float32, device=logits.device)
-    return total.index_add(0, ids[counted], chosen.view_as(labels)[counted])
 
 
 def tree(feature: Mapping[str, Any]) -> list[Node]:

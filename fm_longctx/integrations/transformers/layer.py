@@ -103,6 +103,7 @@ def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
     return (out * gate).to(out.dtype)
 
 
+@torch.compiler.disable
 def _derived(
     module: nn.Module,
     request: MaskRequest | None,
@@ -110,7 +111,10 @@ def _derived(
     position_ids: Tensor | None,
     boundaries: Tensor | None,
 ) -> FlashMask:
-    """The mask that the call's padding, positions and window ask for."""
+    """The mask that the call's padding, positions and window ask for.
+
+    A break in a compiled model: how many intervals a mask has depends on its values.
+    """
     if request is not None:
         return request.answer(_narrowest(request.window(), sliding_window), position_ids, boundaries)
     # Ulysses drops what transformers asked for and gathers the positions; models outside transformers ask for nothing.

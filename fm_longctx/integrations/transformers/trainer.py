@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -33,7 +35,18 @@ class ContextParallelTrainerMixin(_Base):
     ranks and micro-batches with uneven label counts weigh by their tokens. Works over DDP, FSDP and DeepSpeed. With a
     collator of `context_parallel_size=1` nothing changes.
 
-    Evaluation gives the loss alone (`prediction_loss_only=True`): logits are the rank's rows.
+    Evaluation gives the loss alone: logits are the rank's rows.
+
+    A loss over whole sequences is a compute_loss of one's own, with transformers' mark that it is a mean, over a batch
+    of a collator with `return_sequence_ids=True`:
+
+        class LongDPO(ContextParallelTrainerMixin, Trainer):
+            loss_is_scaled_for_ga = False
+
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                with torch.no_grad():
+                    reference = sequence_log_probs(self.logits(frozen, inputs), inputs)
+                return dpo_loss(sequence_log_probs(self.logits(model, inputs), inputs), reference, beta=0.1)
 
     Raises:
         ValueError: when training or evaluation begins, for another collator, ranks that do not divide, or arguments
@@ -62,21 +75,33 @@ class ContextParallelTrainerMixin(_Base):
             raise ValueError("evaluation needs an eval_dataset.")
         return self._loader(dataset, self.args.eval_batch_size, shuffle=False)
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The model's logits `[1, T, ...]`, for a compute_loss of one's own: called without labels, it has no loss."""
+        labels = ("labels", "shift_labels", "sequence_ids")
+        logits: Tensor = model(**{key: value for key, value in inputs.items() if key not in labels}).logits
+        return logits
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """The Trainer's, if gradients will be averaged over the ranks.
 
         Raises:
             ValueError: a model that data parallelism does not wrap; one that was evaluated first is left so.
         """
         kind = self.accelerator.distributed_type.value
-        plain = not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
-        if self._size() > 1 and kind.startswith("MULTI_") and plain:
+        wrappers = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+        plain = not isinstance(getattr(model, "_orig_mod", model), wrappers)
+        if self._size() > 1 and (kind.startswith("MULTI_") or kind == "FSDP") and plain:
             raise ValueError(
                 "the model is not wrapped for data parallelism, so gradients would not be averaged over ranks. The "
                 "Trainer leaves out the wrapper where the model was evaluated before train(): evaluate after it, or "
                 "with another Trainer."
             )
-        return super().training_step(model, *args, **kwargs)
+        if getattr(self, "loss_is_scaled_for_ga", None) is False:
+            # Versions of transformers without this mark divide a loss by the micro-batches where there is no number.
+            num_items_in_batch = None
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -90,9 +115,20 @@ class ContextParallelTrainerMixin(_Base):
             ranks = self._ranks()
             labels = (inputs["shift_labels"] != IGNORED).sum()
             dist.all_reduce(labels, group=ranks.group)
-            # The caller averages over ranks, equally: their shares then add up to sum / labels.
-            inputs = {**inputs, "num_items_in_batch": labels / ranks.size}
+            # The caller averages over ranks, equally, and the Trainer multiplies by their number: what those that
+            # share a sequence add up to is sum / labels.
+            num_items_in_batch = labels * self.accelerator.num_processes / ranks.size
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """The loss of a batch, without logits, which would be the rank's rows."""
+        if self._size() == 1:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -169,7 +205,9 @@ class ContextParallelTrainerMixin(_Base):
                 self.compute_loss_func is not None
             ),
             "the model takes no num_items_in_batch, so its loss is a mean of the rank's labels. Give its forward "
-            "**kwargs that reach its loss": not self.model_accepts_loss_kwargs,
+            "**kwargs that reach its loss": (
+                not self.model_accepts_loss_kwargs and getattr(self, "loss_is_scaled_for_ga", None) is not False
+            ),
         }
         for reason, wrong in reasons.items():
             if wrong:

@@ -42,13 +42,14 @@ def launch(ranks, *arguments):
 
 
 def test_two_context_parallel_ranks_and_a_checkpoint_that_one_rank_continues(tmp_path):
-    steps = launch(2, "--context-parallel-size", "2", "--save", str(tmp_path), "--save-interval", "3")
+    distributed = ["--context-parallel-size", "2", "--use-distributed-optimizer"]
+    steps = launch(2, *distributed, "--save", str(tmp_path), "--save-interval", "3")
     assert [i for i, *_ in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[0][1] == pytest.approx(3.47, abs=0.1)  # log 32
     assert steps[-1][1] < steps[0][1] - 0.3
     assert {path.name for path in tmp_path.iterdir()} == {"iter_0000003", "iter_0000006"}
 
-    continued = launch(1, "--load", str(tmp_path / "iter_0000003"))
+    continued = launch(1, "--use-distributed-optimizer", "--load", str(tmp_path / "iter_0000003"))
     assert [i for i, *_ in continued] == [4, 5, 6]
     for (_, loss, norm, labels), (_, expected_loss, expected_norm, expected_labels) in zip(
         continued, steps[3:], strict=True
@@ -84,6 +85,8 @@ def test_what_the_page_names_exists():
     (imported,) = re.findall(r"from fm_longctx\.integrations\.megatron import (.*)", page)
     assert {name.strip() for name in imported.split(",")} < set(megatron.__all__)
     assert all(hasattr(megatron, name) for name in megatron.__all__)
+    for change in re.findall(r"```diff\n(.*?)```", page, re.DOTALL):
+        assert 1 < sum(line.startswith(("+", "-")) for line in change.splitlines()) < 10
     for target in re.findall(r"\]\(([^)#]+)\)", page):
         assert (ROOT / "docs" / target).exists(), target
     for name in re.findall(r"(?:tests|examples)/[\w/]+\.py", page):

@@ -1,7 +1,11 @@
 """Which specs are swapped, how deeply, and which are refused."""
 
+import ast
+import inspect
+from pathlib import Path
+
+import megatron.core
 import pytest
-from megatron.core.extensions import transformer_engine_spec_provider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -9,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from fm_longctx.integrations.megatron import FlashMaskCoreAttention, use_flashmask
+from tests.integrations.megatron.engine_modules import TEDotProductAttention, engine_modules
 
 
 def core_of(layer):
@@ -27,18 +32,30 @@ def test_local_layers(options):
     assert swapped.submodules.mlp == spec.submodules.mlp
 
 
-def test_transformer_engine_layers(monkeypatch):
-    """TransformerEngine needs a GPU: a class of the same name stands for its attention, mocks for its other modules."""
-    stand_in = type("TEDotProductAttention", (), {})
-    monkeypatch.setattr(transformer_engine_spec_provider, "TEDotProductAttention", stand_in)
-    monkeypatch.setattr(transformer_engine_spec_provider, "is_te_min_version", lambda version: True)
-    monkeypatch.setattr(
-        gpt_layer_specs, "TESpecProvider", transformer_engine_spec_provider.TESpecProvider, raising=False
+def test_transformer_engine_layers():
+    """TransformerEngine needs a GPU: modules of Megatron's stand for its own. test_training.py trains such a model."""
+    with engine_modules():
+        for options in ({}, {"multi_latent_attention": True}):
+            spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
+            assert core_of(spec) is TEDotProductAttention
+            assert core_of(use_flashmask(spec)).module is FlashMaskCoreAttention
+
+
+def test_it_takes_what_transformer_engines_attention_takes():
+    """Megatron's wrapper cannot be imported without TransformerEngine, so its source is read."""
+    source = ast.parse(
+        Path(megatron.core.__file__).with_name("extensions").joinpath("transformer_engine.py").read_text()
     )
-    for options in ({}, {"multi_latent_attention": True}):
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**options)
-        assert core_of(spec) is stand_in
-        assert core_of(use_flashmask(spec)).module is FlashMaskCoreAttention
+    (wrapper,) = (
+        node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TEDotProductAttention"
+    )
+    methods = {node.name: node.args for node in wrapper.body if isinstance(node, ast.FunctionDef)}
+    # How many parts of the keys inference attends to at once; nothing in Megatron passes it.
+    optional = {"num_splits"}
+    for name, mine in (("__init__", FlashMaskCoreAttention.__init__), ("forward", FlashMaskCoreAttention.forward)):
+        theirs = [argument.arg for argument in methods[name].args]
+        assert set(theirs) - optional <= set(inspect.signature(mine).parameters), name
+        assert len(theirs) > 7
 
 
 def test_blocks_and_multi_token_prediction():

@@ -20,6 +20,7 @@ CASES = {
     "tp2 cp2 sliding window, sequence parallel": Run(
         tp=2, cp=2, window=(9, 0), config=SELECTIVE, sequence_parallel=True, use_distributed_optimizer=True
     ),
+    "tp2 cp2 tree, TransformerEngine's spec": Run(tp=2, cp=2, mask="tree", engine=True, sequence_parallel=True),
     "pp2 cp2 tree, full recompute": Run(pp=2, cp=2, mask="tree", micro_batches=3, length=70, config=FULL),
     "pp2 cp2 tree, virtual stages": Run(pp=2, vp=2, cp=2, mask="tree", length=70, config={"num_layers": 4} | SELECTIVE),
     "dp2 cp2 documents": Run(dp=2, cp=2, length=71, use_distributed_optimizer=True),

@@ -38,6 +38,8 @@ class Run:
     window: tuple | None = None
     config: dict = field(default_factory=dict)
     mla: bool = False
+    engine: bool = False
+    """Start from TransformerEngine's spec, with Megatron's own modules in the place of its modules."""
     sequence_parallel: bool = False
 
     def on_one_rank(self):
@@ -54,6 +56,7 @@ class Run:
             micro_batches=self.micro_batches * self.dp,
             config=config,
             use_distributed_optimizer=False,
+            engine=False,
             sequence_parallel=False,
         )
 
@@ -94,9 +97,9 @@ def make_config(run):
             num_query_groups=4,
             q_lora_rank=16,
             kv_lora_rank=16,
-            qk_head_dim=8,
-            qk_pos_emb_head_dim=8,
-            v_head_dim=12,
+            qk_head_dim=128,
+            qk_pos_emb_head_dim=64,
+            v_head_dim=128,
             rope_type="rope",
         )
     window = None if run.oracle else run.window
@@ -156,13 +159,22 @@ def roll_by_the_words(batch, tensor, **kwargs):
 def make_model(run, config, vp_stage=None):
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from fm_longctx.integrations.megatron import use_flashmask, use_position_ids
+    from tests.integrations.megatron.engine_modules import engine_modules
 
-    layer = get_gpt_layer_local_spec(multi_latent_attention=run.mla)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    if run.engine:
+        with engine_modules():
+            layer = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        layer = get_gpt_layer_local_spec(multi_latent_attention=run.mla)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     spec = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -203,6 +215,8 @@ def set_weights(model, config, vp_stage):
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from tests.integrations.megatron.engine_modules import LOCAL_NAMES
+
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     first = get_transformer_layer_offset(config, vp_stage)
@@ -211,7 +225,10 @@ def set_weights(model, config, vp_stage):
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + first)
-            generator = torch.Generator().manual_seed(zlib.crc32(".".join(parts).encode()))
+            name = ".".join(parts)
+            for fused, alone in LOCAL_NAMES.items():
+                name = name.replace(fused, alone)
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             shape = list(parameter.shape)
             cut_along = (
                 getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", 0) else -1
