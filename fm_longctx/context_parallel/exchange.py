@@ -70,12 +70,9 @@ def _empty_like(x: Tensor, length: int, *, pin: bool) -> Tensor:
     return x.new_empty((length, *x.shape[1:]))
 
 
-def start_keys(stage: Stage, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Send the rank's own keys and values `[B, T, H_kv, D]` and `[B, T, H_kv, D_v]` to where the stage needs them."""
-    rows = stage.send_rows
-    return Pending(
-        pack(k.index_select(1, rows), v.index_select(1, rows)), stage.send_counts, stage.receive_counts, group
-    )
+def start_keys(stage: Stage, own: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Send the rank's own keys and values, packed, to where the stage needs them."""
+    return Pending(own.index_select(0, stage.send_rows), stage.send_counts, stage.receive_counts, group)
 
 
 def start_gradients(stage: Stage, dk: Tensor, dv: Tensor, group: dist.ProcessGroup) -> Pending:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from fm_longctx.context_parallel.assign import STRATEGIES, balanced, contiguous, zigzag
-from fm_longctx.context_parallel.cost import CostModel, predict_forward
+from fm_longctx.context_parallel.cost import CostModel, predict_backward, predict_forward
 from fm_longctx.context_parallel.coverage import (
     Floats,
     Ints,
@@ -22,7 +23,7 @@ from fm_longctx.context_parallel.coverage import (
     segments,
     tile_work,
 )
-from fm_longctx.context_parallel.local import stage_of
+from fm_longctx.context_parallel.local import stage_slice
 from fm_longctx.context_parallel.problem import TOLERANCE, Bools, Problem
 from fm_longctx.mask.flash_mask import FlashMask
 
@@ -35,6 +36,8 @@ _MOST_CHUNKS = 1024
 _MANY_RANKS = 512
 # More stages than these are not tried: each merges the rank's whole output once more.
 _MOST_STAGES = 8
+# How many times the keys of the stage before a stage may bring.
+_GROWTHS = (1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +100,20 @@ def choose_layout(
     )
 
 
-def choose_stages(layout: Layout, cost: CostModel) -> int:
-    """The fewest stages whose predicted forward is within 1% of the best, for the rank that takes longest."""
+def choose_stages(layout: Layout, cost: CostModel, num_stages: int | None) -> tuple[int, float]:
+    """How many stages, and how much more each brings than the one before, for the rank that takes longest.
+
+    Of the choices whose predicted forward and backward are together within 1% of the best, the one with the fewest
+    stages. A first stage of few keys arrives soon; the more it has, the longer it hides the next.
+
+    Args:
+        num_stages: if it is given already.
+    """
     world_size, problem, owners = layout.world_size, layout.problem, layout.assigned
     if world_size <= 2:
-        return world_size
+        return world_size, 1.0
     # [destination, source]
-    keys = np.stack([np.bincount(owners, r, world_size).astype(np.float64) for r in problem.received(owners)])
+    keys = np.stack([np.bincount(owners, r, world_size).round().astype(np.int64) for r in problem.received(owners)])
     load = np.bincount(owners, problem.load, world_size)
     needs = problem.needs
     pairs = owners[needs.rows] * world_size + owners[needs.columns]
@@ -116,31 +126,44 @@ def choose_stages(layout: Layout, cost: CostModel) -> int:
     np.fill_diagonal(scores, load - scores.sum(1))
     rows = np.bincount(owners, problem.sizes, world_size).astype(np.float64)
     times = {}
-    for stages in range(2, min(world_size, _MOST_STAGES) + 1):
-        prediction = predict_forward(cost, *stage_tables(scores, keys * layout.entries, stages), rows)
-        times[stages] = float(prediction.total.max())
+    for stages in range(2, min(world_size, _MOST_STAGES) + 1) if num_stages is None else [num_stages]:
+        for growth in _GROWTHS if 2 < stages < world_size else (1.0,):
+            tables = stage_tables(scores, keys, stages, growth)
+            forward = predict_forward(cost, tables.scores, tables.exchanged * layout.entries, rows)
+            backward = predict_backward(cost, tables.scores, tables.exchanged * layout.entries, rows)
+            times[stages, growth] = float(forward.total.max() + backward.total.max())
     good = 1.01 * min(times.values())
-    return next(stages for stages, time in times.items() if time <= good)
+    return next(choice for choice, time in times.items() if time <= good)
 
 
-def stage_tables(scores: Floats, keys: Floats, num_stages: int, direction: str = "busier") -> tuple[Floats, Floats]:
-    """What each rank computes, and what keys it exchanges, in each stage, `[ranks, stages]` each.
+class StageTables(NamedTuple):
+    """What each rank does in each stage, float64 `[ranks, stages]`."""
 
-    Args:
-        scores, keys: `[destination, source]` of every pair of ranks.
-        direction: keys `received`, `sent`, or those of the `busier` of the two.
-    """
+    scores: Floats
+    """Computed. Those of a pair of ranks are taken to be spread over its keys evenly."""
+    received: Floats
+    """Keys that arrive; none in the first stage."""
+    sent: Floats
+    """Keys that leave."""
+
+    @property
+    def exchanged(self) -> Floats:
+        """Received or sent, whichever are more."""
+        return np.maximum(self.received, self.sent)
+
+
+def stage_tables(scores: Floats | Ints, keys: Ints, num_stages: int, growth: float) -> StageTables:
+    """Stages from the scores and keys of every pair of ranks, `[destination, source]`; own ones on the diagonal."""
     ranks = len(scores)
-    computed, received, sent = (np.zeros((ranks, num_stages)) for _ in range(3))
-    for hops in range(ranks):
-        destination = np.arange(ranks)
-        source = (destination - hops) % ranks
-        stage = stage_of(0, hops, ranks, num_stages)
-        computed[destination, stage] += scores[destination, source]
-        if hops:
-            received[destination, stage] += keys[destination, source]
-            sent[source, stage] += keys[destination, source]
-    return computed, {"received": received, "sent": sent, "busier": np.maximum(received, sent)}[direction]
+    tables = StageTables(*(np.zeros((ranks, num_stages)) for _ in range(3)))
+    tables.scores[:, 0] = scores.diagonal()
+    hops = (np.arange(ranks)[:, None] - np.arange(ranks)) % ranks
+    for s in range(1, num_stages):
+        begin, end = stage_slice(keys, hops, s, ranks, num_stages, growth)
+        travels = np.where(hops > 0, end - begin, 0)
+        tables.scores[:, s] = (scores * (travels / np.maximum(keys, 1))).sum(1)
+        tables.received[:, s], tables.sent[:, s] = travels.sum(1), travels.sum(0)
+    return tables
 
 
 def received_floor(masks: Sequence[FlashMask], weights: Sequence[int], world_size: int, tolerance: float) -> float:

@@ -11,19 +11,37 @@ from fm_longctx.context_parallel.coverage import Ints, covered, seen_areas, seen
 from fm_longctx.context_parallel.stages import Stage
 from fm_longctx.mask.flash_mask import FlashMask
 
+# A pair's keys are not cut into stages of fewer on average: a kernel's tile takes as long for a part of its columns.
+_LEAST_PIECE = 128
 
-def stage_of(source: int, destination: int, world_size: int, num_stages: int) -> int:
-    """The stage in which one rank's keys travel to another's; 0 to itself.
 
-    Pairs are told apart by (destination - source) modulo the ranks: in 2 stages all travel at once, in as many stages
-    as ranks one neighbour after the other, as in a ring.
+def stage_slice(
+    keys: Ints, hops: Ints, stage: int, world_size: int, num_stages: int, growth: float
+) -> tuple[Ints, Ints]:
+    """Which of the keys that one rank sends another travel in a stage: those from `begin` to `end`, in their order.
+
+    Every pair's keys are cut by the same shares, so that whatever a rank sends or receives in all, each of its stages
+    has its share of the bytes. Pairs of few keys travel in one stage, spread over the stages by their hops. With as
+    many stages as ranks (more than two) it is a ring instead: one neighbour after the other.
+
+    Args:
+        keys, hops: of each pair, how many keys, and (destination - source) modulo the ranks; at least 1 hop.
+        stage: 1..num_stages - 1.
+        growth: how many times the share of the stage before each stage has.
     """
-    hops = (destination - source) % world_size
-    return 0 if hops == 0 else 1 + (hops - 1) * (num_stages - 1) // (world_size - 1)
+    if num_stages == world_size:
+        return np.zeros_like(keys), np.where(hops == stage, keys, 0)
+    shares = np.power(float(growth), np.arange(num_stages - 1)).cumsum()
+    low, high = (0.0, *(shares / shares[-1]).tolist()[:-1], 1.0)[stage - 1 : stage + 1]
+    at = (hops - 0.5) / (world_size - 1)
+    whole = np.where((low < at) & (at <= high), keys, 0)
+    cut = keys >= _LEAST_PIECE * (num_stages - 1)
+    begin, end = np.floor(keys * low).astype(np.int64), np.floor(keys * high).astype(np.int64)
+    return np.where(cut, begin, 0), np.where(cut, end, whole)
 
 
 def rank_stages(
-    mask: FlashMask, bounds: Ints, owners: Ints, rank: int, world_size: int, num_stages: int
+    mask: FlashMask, bounds: Ints, owners: Ints, rank: int, world_size: int, num_stages: int, growth: float
 ) -> tuple[Ints, tuple[Stage, ...]]:
     """A rank's rows, ascending, and its stages under one mask. bounds and owners as in `ShardPlan`."""
     sources = np.repeat(owners, np.diff(bounds))
@@ -39,27 +57,38 @@ def rank_stages(
     for other in range(world_size):
         first, stop = seen_ranges(own, rows_of[other])
         wanted.append(np.flatnonzero(covered(local, local + stop - first, len(rows))))
-    none = np.zeros(0, dtype=np.int64)
-    stages = []
-    for s in range(num_stages):
-        meets = [r != rank and stage_of(r, rank, world_size, num_stages) == s for r in range(world_size)]
-        gets = [r != rank and stage_of(rank, r, world_size, num_stages) == s for r in range(world_size)]
-        received = [needed[r] if meets[r] else none for r in range(world_size)]
-        sent = [wanted[r] if gets[r] else none for r in range(world_size)]
-        columns = np.concatenate(received) if s else rows
-        stages.append(_stage(mask, rows, columns, received, sent))
+    others, shape = np.arange(world_size), (world_size, num_stages, growth)
+    stages = [_stage(mask, rows, rows, [0] * world_size, [], [0] * world_size)]
+    for s in range(1, num_stages):
+        counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(needed)])
+        received = _cut(needed, *stage_slice(counts, (rank - others) % world_size, s, *shape))
+        counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(wanted)])
+        sent = _cut(wanted, *stage_slice(counts, (others - rank) % world_size, s, *shape))
+        columns = np.concatenate(received)
+        stages.append(_stage(mask, rows, columns, [len(r) for r in received], sent, [len(r) for r in sent]))
     return rows, tuple(stages)
 
 
-def _stage(mask: FlashMask, rows: Ints, columns: Ints, received: Sequence[Ints], sent: Sequence[Ints]) -> Stage:
+def _cut(positions: Sequence[Ints], begins: Ints, ends: Ints) -> list[Ints]:
+    return [p[begin:end] for p, begin, end in zip(positions, begins.tolist(), ends.tolist(), strict=True)]
+
+
+def _stage(
+    mask: FlashMask,
+    rows: Ints,
+    columns: Ints,
+    receive_counts: Sequence[int],
+    sent: Sequence[Ints],
+    send_counts: Sequence[int],
+) -> Stage:
     local = mask.select(torch.from_numpy(rows), torch.from_numpy(columns))
     return Stage(
         mask=local,
         area=int(local.area().sum()),
         columns=torch.from_numpy(columns),
-        receive_counts=tuple(len(r) for r in received),
-        send_counts=tuple(len(s) for s in sent),
-        send_rows=torch.from_numpy(np.concatenate(sent)),
+        receive_counts=tuple(receive_counts),
+        send_counts=tuple(send_counts),
+        send_rows=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *sent])),
     )
 
 

@@ -34,7 +34,8 @@ class PlanReport:
 
     plan: ShardPlan
     scores: Floats
-    """`[rings, stages]`: unmasked scores of one query head, over the members that split the heads."""
+    """`[rings, stages]`: unmasked scores of one query head, over the members that split the heads; exact for a rank,
+    while within it those of a pair of ranks are taken to be spread over its keys evenly."""
     received: Floats
     """`[rings, stages]`: bytes of keys and values that arrive."""
     sent: Floats
@@ -47,21 +48,20 @@ class PlanReport:
         """The report of a plan: `plan.report()`."""
         ranks, cost, heads = plan.rings, plan.cost, plan.head_parallel
         total = sum(plan.weights)
-        scores, keys = np.zeros((ranks, ranks)), np.zeros((ranks, ranks))
+        scores, received, sent = (np.zeros((ranks, plan.num_stages)) for _ in range(3))
         for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
-            scores += area * (weight / total / mask.heads / heads)
-            keys += seen * (weight / total * mask.batch / heads)
-        np.fill_diagonal(keys, 0)
-        computed, busier = stage_tables(scores, keys, plan.num_stages)
-        received = stage_tables(scores, keys, plan.num_stages, direction="received")[1]
-        sent = stage_tables(scores, keys, plan.num_stages, direction="sent")[1]
+            tables = stage_tables(area, seen, plan.num_stages, plan.growth)
+            scores += tables.scores * (weight / total / mask.heads / heads)
+            received += tables.received * (weight / total * mask.batch / heads)
+            sent += tables.sent * (weight / total * mask.batch / heads)
+        busier = np.maximum(received, sent)
         rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
         trade = cost.trade_heads(rows / heads, heads)
-        forward = predict_forward(cost, computed, busier, rows / heads)
-        backward = predict_backward(cost, computed, busier)
+        forward = predict_forward(cost, scores, busier, rows / heads)
+        backward = predict_backward(cost, scores, busier, rows / heads)
         return cls(
             plan=plan,
-            scores=computed,
+            scores=scores,
             received=received * cost.forward_key_bytes,
             sent=sent * cost.forward_key_bytes,
             forward=forward._replace(total=forward.total + trade),
