@@ -12,6 +12,7 @@ exit code is 1.
 Over NCCL each case is timed as well, at --time-tokens a rank and --time-heads: forward and backward, by the slowest
 rank, median of --repeats; the same with its collectives left out, which is what attention alone takes; and its
 all-to-alls alone, with the bytes of the busiest rank. What the collectives add to attention is the exposed exchange.
+Counted are the times that rank 0's host waited for its GPU in a first step, the schedules' making included.
 
 An error may be at most twice that of the op itself against higher precision, plus one rounding to the dtype and 16 to
 float32, of the largest value.
@@ -25,6 +26,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,7 @@ def whole(
 
 def timing(case: Case, device: torch.device) -> dict[str, float]:
     """Median seconds of the slowest rank, forward and backward: in all, of attention alone, of the exchange alone."""
+    syncs = host_syncs(case, device)
     for _ in range(3):
         case.backward(*case.forward())
     seconds = passes(case, device)
@@ -219,7 +222,7 @@ def timing(case: Case, device: torch.device) -> dict[str, float]:
     plan, options = case.plan, case.options
     area = sum(plan.areas) / plan.head_parallel / plan.world_size
     heads = case.inputs[0].shape[2]
-    result: dict[str, float] = {}
+    result: dict[str, float] = {"host_syncs": syncs}
     for name, whole, compute, factor in zip(("forward", "backward"), seconds, alone, (1.0, 2.5), strict=True):
         result[f"{name}_seconds"], result[f"{name}_seconds_without_exchange"] = whole, compute
         result[f"{name}_seconds_exposed"] = whole - compute
@@ -229,6 +232,24 @@ def timing(case: Case, device: torch.device) -> dict[str, float]:
     per_key = 2 * max(1, case.inputs[1].shape[2] // plan.head_parallel) * options.head_dim * case.mine[1].element_size()
     result["forward_bytes_at_most"] = keys * per_key
     return result
+
+
+def host_syncs(case: Case, device: torch.device) -> int:
+    """How often the host waited for the GPU in this rank's first forward and backward of a batch, as torch sees it."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            case.backward(*case.forward())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    if found:
+        print(f"rank {dist.get_rank()}: {found[0]} at {caught[0].filename}:{caught[0].lineno}", flush=True)
+    return len(found)
 
 
 def passes(case: Case, device: torch.device) -> tuple[float, float]:

@@ -54,8 +54,12 @@ def needs_host(device: torch.device, group: dist.ProcessGroup) -> bool:
     """Whether the group's backend for this device is gloo, and the device is not a CPU."""
     if device.type == "cpu":
         return False
-    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
-    return backends.get(device.type) == "gloo"
+    return backends_of(group).get(device.type) == "gloo"
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """Which backend a group has for each type of device."""
+    return dict(part.split(":") for part in dist.get_backend_config(group).split(","))
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -155,14 +155,15 @@ class StageTables(NamedTuple):
 def stage_tables(scores: Floats | Ints, keys: Ints, num_stages: int, growth: float) -> StageTables:
     """Stages from the scores and keys of every pair of ranks, `[destination, source]`; own ones on the diagonal."""
     ranks = len(scores)
+    hops = (np.arange(ranks)[:, None] - np.arange(ranks)) % ranks
+    stage = np.arange(1, num_stages)[:, None, None]
+    begin, end = stage_slice(keys, hops, stage, ranks, num_stages, growth)
+    travels = np.where(hops > 0, end - begin, 0)  # [stages - 1, destination, source]
+    of_key = scores / np.maximum(keys, 1)
     tables = StageTables(*(np.zeros((ranks, num_stages)) for _ in range(3)))
     tables.scores[:, 0] = scores.diagonal()
-    hops = (np.arange(ranks)[:, None] - np.arange(ranks)) % ranks
-    for s in range(1, num_stages):
-        begin, end = stage_slice(keys, hops, s, ranks, num_stages, growth)
-        travels = np.where(hops > 0, end - begin, 0)
-        tables.scores[:, s] = (scores * (travels / np.maximum(keys, 1))).sum(1)
-        tables.received[:, s], tables.sent[:, s] = travels.sum(1), travels.sum(0)
+    tables.scores[:, 1:] = np.einsum("sij,ij->is", travels, of_key)
+    tables.received[:, 1:], tables.sent[:, 1:] = travels.sum(2).T, travels.sum(1).T
     return tables
 
 
@@ -227,19 +228,19 @@ def _pose(
     """Bounds, areas of the chunks, and the problem of sharing them out."""
     bounds, odd = chunk_grid(masks[0].num_rows, world_size, chunk_size)
     areas = np.zeros(len(bounds) - 1, dtype=np.int64)
-    load = np.zeros(len(bounds) - 1)
+    # In chunks smaller than a tile the kernel's blocks say nothing about the rows.
+    loads = np.zeros((2 if chunk_size >= _TILE else 1, len(bounds) - 1))
     for mask, part, weight in zip(masks, parts, weights, strict=True):
         area = chunk_areas(part, bounds)
         areas += weight * area
-        # Half the scores, half the tiles: neither may be far from even. In chunks smaller than a tile the kernel's
-        # blocks say nothing about the rows.
-        work = (area + tile_work(part, bounds, _TILE)) / 2 if chunk_size >= _TILE else area
-        load += work * (weight / mask.heads)
+        loads[0] += area * (weight / mask.heads)
+        if len(loads) > 1:
+            loads[1] += tile_work(part, bounds, _TILE) * (weight / mask.heads)
     problem = Problem(
         world_size=world_size,
         sizes=np.diff(bounds),
         odd=odd,
-        load=load,
+        loads=loads,
         needs=_together([chunk_needs(part, bounds) for part in parts], weights, len(bounds) - 1),
         cost=cost,
     )

@@ -16,7 +16,7 @@ _LEAST_PIECE = 128
 
 
 def stage_slice(
-    keys: Ints, hops: Ints, stage: int, world_size: int, num_stages: int, growth: float
+    keys: Ints, hops: Ints, stage: Ints, world_size: int, num_stages: int, growth: float
 ) -> tuple[Ints, Ints]:
     """Which of the keys that one rank sends another travel in a stage: those from `begin` to `end`, in their order.
 
@@ -26,13 +26,14 @@ def stage_slice(
 
     Args:
         keys, hops: of each pair, how many keys, and (destination - source) modulo the ranks; at least 1 hop.
-        stage: 1..num_stages - 1.
+        stage: 1..num_stages - 1; the three are broadcast.
         growth: how many times the share of the stage before each stage has.
     """
     if num_stages == world_size:
         return np.zeros_like(keys), np.where(hops == stage, keys, 0)
     shares = np.power(float(growth), np.arange(num_stages - 1)).cumsum()
-    low, high = (0.0, *(shares / shares[-1]).tolist()[:-1], 1.0)[stage - 1 : stage + 1]
+    ends = np.concatenate([np.zeros(1), shares[:-1] / shares[-1], np.ones(1)])
+    low, high = ends[stage - 1], ends[stage]
     at = (hops - 0.5) / (world_size - 1)
     whole = np.where((low < at) & (at <= high), keys, 0)
     cut = keys >= _LEAST_PIECE * (num_stages - 1)
@@ -61,9 +62,9 @@ def rank_stages(
     stages = [_stage(mask, rows, rows, [0] * world_size, [], [0] * world_size)]
     for s in range(1, num_stages):
         counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(needed)])
-        received = _cut(needed, *stage_slice(counts, (rank - others) % world_size, s, *shape))
+        received = _cut(needed, *stage_slice(counts, (rank - others) % world_size, np.array(s), *shape))
         counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(wanted)])
-        sent = _cut(wanted, *stage_slice(counts, (others - rank) % world_size, s, *shape))
+        sent = _cut(wanted, *stage_slice(counts, (others - rank) % world_size, np.array(s), *shape))
         columns = np.concatenate(received)
         stages.append(_stage(mask, rows, columns, [len(r) for r in received], sent, [len(r) for r in sent]))
     return rows, tuple(stages)

@@ -198,7 +198,7 @@ def test_equal_arguments_give_equal_plans():
     changed = [
         ShardPlan.build(builders.causal_document(lengths), 6),
         ShardPlan.build(builders.causal_document(lengths), 7, chunk_size=100),
-        ShardPlan.build(builders.causal_document(lengths), 7, num_stages=3),
+        ShardPlan.build(builders.causal_document(lengths), 7, num_stages=5),
         ShardPlan.build(builders.causal_document([*lengths[:-1], lengths[-1] - 1, 1]), 7),
     ]
     assert len({plan.fingerprint() for plan in [plans[0], *changed]}) == 5
@@ -240,8 +240,7 @@ def test_packs_are_balanced_with_a_fraction_of_the_traffic_of_an_all_gather(worl
     """8K tokens a rank, seeds from 0 on; benchmarks/planner.py has all 20 at both sizes."""
     n = world_size * 8_192
     plans = [ShardPlan.build(builders.causal_document(pack(n, seed)), world_size) for seed in range(packs)]
-    assert max(plan.imbalance for plan in plans) <= 1.05
-    assert np.mean([plan.imbalance for plan in plans]) <= imbalance
+    assert max(plan.imbalance for plan in plans) <= imbalance
     assert np.mean([plan.received_fraction for plan in plans]) <= received
     # No rank sends much more than others receive: it would be the one that all wait for.
     for plan in plans if world_size == 64 else ():
