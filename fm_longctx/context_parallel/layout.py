@@ -29,8 +29,11 @@ from fm_longctx.mask.flash_mask import FlashMask
 
 # The kernels' blocks of rows and columns; chunks are whole ones where a rank has enough positions.
 _TILE = 128
-# Chunks a rank has if not told otherwise, and how many there may be in all where that is too few to balance.
+# Chunks a rank has if not told otherwise, and how many a rank and in all there may be where that is too few to balance.
 _CHUNKS_A_RANK = 16
+_MOST_A_RANK = 32
+# A chunk with more than this share of a rank's load leaves too little room beside it.
+_HEAVIEST = 0.75
 _MOST_CHUNKS = 1024
 # Beyond so many ranks a plan that balances well takes longer than a step: see docs/context_parallel.md.
 _MANY_RANKS = 512
@@ -75,9 +78,17 @@ def choose_layout(
     if strategy == "balanced":
         size = chunk_size or _chunk_size(n, world_size)
         bounds, areas, problem = pose(size)
-        best = balanced(problem)
         # A mask with a few heavy rows asks for smaller chunks.
-        while chunk_size is None and best.imbalance > 1 + 2 * TOLERANCE and n < size * _MOST_CHUNKS and size > 1:
+        most = max(_MOST_CHUNKS, _MOST_A_RANK * world_size)
+
+        def may_halve() -> bool:
+            return chunk_size is None and n < size * most and size > 1
+
+        while may_halve() and problem.load.max(initial=0.0) > _HEAVIEST * problem.mean_load:
+            size //= 2
+            bounds, areas, problem = pose(size)
+        best = balanced(problem)
+        while may_halve() and best.imbalance > 1 + 2 * TOLERANCE:
             size //= 2
             finer = pose(size)
             other = balanced(finer[2])
@@ -155,15 +166,19 @@ class StageTables(NamedTuple):
 def stage_tables(scores: Floats | Ints, keys: Ints, num_stages: int, growth: float) -> StageTables:
     """Stages from the scores and keys of every pair of ranks, `[destination, source]`; own ones on the diagonal."""
     ranks = len(scores)
-    hops = (np.arange(ranks)[:, None] - np.arange(ranks)) % ranks
-    stage = np.arange(1, num_stages)[:, None, None]
-    begin, end = stage_slice(keys, hops, stage, ranks, num_stages, growth)
-    travels = np.where(hops > 0, end - begin, 0)  # [stages - 1, destination, source]
-    of_key = scores / np.maximum(keys, 1)
     tables = StageTables(*(np.zeros((ranks, num_stages)) for _ in range(3)))
     tables.scores[:, 0] = scores.diagonal()
-    tables.scores[:, 1:] = np.einsum("sij,ij->is", travels, of_key)
-    tables.received[:, 1:], tables.sent[:, 1:] = travels.sum(2).T, travels.sum(1).T
+    # Of many ranks few pairs meet.
+    destination, source = np.nonzero(keys)
+    remote = destination != source
+    destination, source = destination[remote], source[remote]
+    count, hops = keys[destination, source], (destination - source) % ranks
+    begin, end = stage_slice(count, hops, np.arange(1, num_stages)[:, None], ranks, num_stages, growth)
+    of_key = scores[destination, source] / count
+    for s, travels in enumerate(end - begin, start=1):
+        tables.scores[:, s] = np.bincount(destination, travels * of_key, ranks)
+        tables.received[:, s] = np.bincount(destination, travels, ranks)
+        tables.sent[:, s] = np.bincount(source, travels, ranks)
     return tables
 
 

@@ -47,7 +47,7 @@ def rank_stages(
     """A rank's rows, ascending, and its stages under one mask. bounds and owners as in `ShardPlan`."""
     sources = np.repeat(owners, np.diff(bounds))
     parts = segments(mask).cut(bounds)
-    rows_of = _positions_by_rank(np.arange(len(sources)), sources, world_size)
+    rows_of = rows_by_rank(bounds, owners, world_size)
     rows = rows_of[rank]
     seen = np.flatnonzero(seen_columns(parts, rows))
     needed = _positions_by_rank(seen, sources[seen], world_size)
@@ -93,6 +93,14 @@ def _stage(
     )
 
 
+def rows_by_rank(bounds: Ints, owners: Ints, world_size: int) -> list[Ints]:
+    """The positions of each rank, ascending."""
+    order, sizes = np.argsort(owners, kind="stable"), np.diff(bounds)
+    sizes = sizes[order]
+    rows = np.arange(bounds[-1]) + np.repeat(bounds[:-1][order] - (sizes.cumsum() - sizes), sizes)
+    return np.split(rows, np.bincount(owners, np.diff(bounds), world_size).astype(np.int64).cumsum()[:-1])
+
+
 def _positions_by_rank(positions: Ints, ranks: Ints, world_size: int) -> list[Ints]:
     """The positions of each rank, in their order."""
     # A radix sort, for the narrow type.
@@ -108,7 +116,7 @@ def exchange_tables(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int
     source = sources[parts.first]
     areas = np.zeros((world_size, world_size), dtype=np.int64)
     keys = np.zeros_like(areas)
-    for rank, rows in enumerate(_positions_by_rank(np.arange(len(sources)), sources, world_size)):
+    for rank, rows in enumerate(rows_by_rank(bounds, owners, world_size)):
         # Integers above 2^53 would lose their last digits in bincount's float64.
         np.add.at(areas[rank], source, seen_areas(parts, rows))
         first, stop = seen_ranges(parts, rows)

@@ -7,7 +7,6 @@ import numpy as np
 from fm_longctx.context_parallel.coverage import Floats, Ints
 from fm_longctx.context_parallel.problem import Bools, Problem
 
-
 # One chunk in so many that are still to come is taken at a time.
 _AT_ONCE = 4
 

@@ -254,7 +254,7 @@ class ShardPlan:
             rows=self.rows(rank),
             member_counts=member_counts(len(rows), self.head_parallel),
             stages=tuple(stage.between_members(member, self.head_parallel) for stage in stages),
-            fingerprint=_digest(self.fingerprint(), mask.fingerprint()),
+            fingerprint=_digest(self.fingerprint(), self._print_of(mask)),
         )
 
     def local_mask(self, rank: int, stage: int, mask: FlashMask | None = None) -> FlashMask:
@@ -304,9 +304,17 @@ class ShardPlan:
         """32 hexadecimal digits; equal for equal plans of equal masks."""
         shape = (self.world_size, self.head_parallel, self.num_stages, self.growth)
         layout = (shape, self.bounds.tolist(), self.owners.tolist())
-        return _digest(repr(layout), *(mask.fingerprint() for mask in self.masks))
+        return _digest(repr(layout), *self._prints)
 
     # Within
+
+    @cached_property
+    def _prints(self) -> tuple[str, ...]:
+        return tuple(mask.fingerprint() for mask in self.masks)
+
+    def _print_of(self, mask: FlashMask) -> str:
+        known = (text for own, text in zip(self.masks, self._prints, strict=True) if own is mask)
+        return next(known, None) or mask.fingerprint()
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:
