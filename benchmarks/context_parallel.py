@@ -221,7 +221,16 @@ def whole(mask: FlashMask) -> Stage:
     """Attention to all columns at once, of which nothing is exchanged."""
     none = torch.zeros(0, dtype=torch.int64)
     area = int(mask.area().sum())
-    return Stage(mask=mask, columns=none, receive_counts=(), send_counts=(), send_rows=none, area=area)
+    return Stage(
+        mask=mask,
+        columns=none,
+        receive_counts=(),
+        send_counts=(),
+        send_rows=none,
+        return_rows=none,
+        return_order=none,
+        area=area,
+    )
 
 
 def sampled(plan: ShardPlan, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Joining attention over two parts of the keys, in one pass over the outputs."""
+"""Joining attention over parts of the keys: two outputs in one pass, and the gradients that other ranks return."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 16
+_WIDTH = 1024
 
 
 @triton.jit
@@ -101,4 +102,42 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, result: Tens
             D_V=d_v,
             BLOCK_DV=triton.next_power_of_2(d_v),
             BLOCK=_BLOCK,
+        )
+
+
+@triton.jit
+def add_rows_kernel(p_total, p_returned, p_rows, p_order, n, width, BLOCK: tl.constexpr):
+    # A program for each returned row; that of the first one of a row adds them all, in their order.
+    entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(p_rows + entry)
+    before = tl.load(p_rows + entry - 1, mask=entry > 0, other=-1)
+    if row != before:
+        o_w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = o_w < width
+        p_t = p_total + row * width + o_w
+        # [BLOCK]
+        b_sum = tl.load(p_t, mask=inside, other=0.0)
+        following = row
+        while following == row:
+            b_sum += tl.load(p_returned + tl.load(p_order + entry) * width + o_w, mask=inside, other=0.0)
+            entry += 1
+            following = tl.load(p_rows + entry, mask=entry < n, other=-1)
+        tl.store(p_t, b_sum, mask=inside)
+
+
+def add_rows(total: Tensor, returned: Tensor, rows: Tensor, order: Tensor) -> None:
+    """Add rows of `returned` to rows of `total`, in place: those of one row in their order, one by one.
+
+    Args:
+        total: float32 `[T, ...]`, contiguous.
+        returned: float32 `[n, ...]`, contiguous, of the same row shape.
+        rows: int64 `[n]`, ascending: where each goes.
+        order: int64 `[n]`: which row of `returned` it is.
+    """
+    if returned.numel() == 0:
+        return
+    width = returned[0].numel()
+    with torch.cuda.device_of(total):
+        add_rows_kernel[(len(rows), triton.cdiv(width, _WIDTH))](
+            total, returned, rows, order, len(rows), width, BLOCK=_WIDTH
         )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fm_longctx.context_parallel.stages import Stage
+from fm_longctx.kernels.merge import add_rows
 
 
 class Pending:
@@ -87,9 +88,12 @@ def start_gradients(stage: Stage, dk: Tensor, dv: Tensor, group: dist.ProcessGro
 def add_gradients_(total: Tensor, stage: Stage, returned: Tensor) -> None:
     """Add what `start_gradients` brought, packed, to the packed gradients of the rank's own keys, in place.
 
-    One addition per rank, in rank order: several ranks return gradients of the same key, and within one addition the
-    rows are distinct, so the sum has one order and is repeatable bit for bit.
+    Several ranks return gradients of the same key: they are added in rank order, so the sum is repeatable bit for bit.
+    On a GPU by one kernel, elsewhere by one addition per rank, within which the rows are distinct.
     """
+    if total.is_cuda and total.dtype == torch.float32:
+        add_rows(total, returned, stage.return_rows, stage.return_order)
+        return
     for rows, part in zip(stage.send_rows.split(stage.send_counts), returned.split(stage.send_counts), strict=True):
         if len(rows):
             total.index_add_(0, rows, part)

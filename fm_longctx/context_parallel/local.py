@@ -83,13 +83,17 @@ def _stage(
     send_counts: Sequence[int],
 ) -> Stage:
     local = mask.select(torch.from_numpy(rows), torch.from_numpy(columns))
+    send_rows = np.concatenate([np.zeros(0, dtype=np.int64), *sent])
+    order = np.argsort(send_rows, kind="stable")
     return Stage(
         mask=local,
         area=int(local.area().sum()),
         columns=torch.from_numpy(columns),
         receive_counts=tuple(receive_counts),
         send_counts=tuple(send_counts),
-        send_rows=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *sent])),
+        send_rows=torch.from_numpy(send_rows),
+        return_rows=torch.from_numpy(send_rows[order]),
+        return_order=torch.from_numpy(order),
     )
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from fm_longctx import ShardPlan
+from fm_longctx.context_parallel.exchange import add_gradients_
 from fm_longctx.context_parallel.merge import merge_
-from fm_longctx.kernels.merge import merge
+from fm_longctx.kernels.merge import add_rows, merge
+from fm_longctx.mask import builders
 
 # Interpreted on a CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,3 +110,22 @@ def test_rows_that_a_part_shows_nothing_to_are_not_read_or_written():
     assert (out[:, 3] == 2).all() and out.isfinite().all() and out.sum() == 21 * 16
     with pytest.raises(ValueError, match="last dimension of part must be contiguous"):
         merge(out, lse, part.transpose(1, 3).contiguous().transpose(1, 3), part_lse, out)
+
+
+@pytest.mark.parametrize("width", [(1, 2, 8), (2, 3, 800)])
+def test_gradients_that_return_are_added_in_the_order_of_ranks(width):
+    """By the kernel, bit for bit what one addition after another gives; rows wanted by none, one and several ranks."""
+    plan = ShardPlan.build(builders.causal_document([40, 61]), 4, chunk_size=5, num_stages=3)
+    generator = torch.Generator().manual_seed(1)
+    counts = []
+    for rank in range(4):
+        stages = plan.local(rank).stages
+        total = torch.randn(len(plan.rows(rank)), *width, generator=generator)
+        for stage in stages[1:]:
+            returned = torch.randn(len(stage.send_rows), *width, generator=generator)
+            expected, got = total.clone(), total.to(DEVICE)
+            add_gradients_(expected, stage, returned)
+            add_rows(got, returned.to(DEVICE), stage.return_rows.to(DEVICE), stage.return_order.to(DEVICE))
+            assert got.cpu().equal(expected)
+            counts += torch.bincount(stage.send_rows, minlength=len(total)).tolist()
+    assert {0, 1, 2} <= set(counts)

@@ -215,6 +215,32 @@ def test_a_plan_and_its_parts_travel_by_pickle():
         assert a.columns.equal(b.columns) and a.mask.fingerprint() == b.mask.fingerprint()
 
 
+def test_a_part_moves_through_pinned_memory(monkeypatch):
+    """Nothing is pinned on the way to a CPU; on the way to a GPU everything is, once."""
+    pinned = []
+
+    def pin(x):
+        pinned.append(x)
+        return x.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: any(x.data_ptr() == p.data_ptr() for p in pinned))
+    part = ShardPlan.build(builders.causal_document([50, 51]), 3).local(1)
+    stage = part.stages[1].to("cpu")
+    assert not pinned and stage.columns.equal(part.stages[1].columns)
+    again = part.pin_memory()
+    assert len(pinned) == 6 * len(part.stages)
+    for old, new in zip(part.stages, again.stages, strict=True):
+        assert new.mask.fingerprint() == old.mask.fingerprint() and new.send_rows.equal(old.send_rows)
+        assert new.columns is not old.columns and new.area == old.area and new.send_counts == old.send_counts
+    moved = []
+    monkeypatch.setattr(type(stage), "pin_memory", lambda stage: moved.append(stage) or again.stages[1])
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: x is again.stages[1].columns)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x)
+    monkeypatch.setattr(FlashMask, "to", lambda mask, device: mask)
+    assert part.stages[1].to("cuda").columns is again.stages[1].columns and moved == [part.stages[1]]
+
+
 def test_fingerprint_of_a_part_names_the_mask():
     plan = ShardPlan.build([builders.causal(63), builders.full(63)], 4)
     assert plan.local(0).fingerprint == plan.local(3).fingerprint

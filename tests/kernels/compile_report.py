@@ -30,7 +30,7 @@ from fm_longctx.kernels.hopper import forward as hopper_forward_kernels
 from fm_longctx.kernels.hopper import launch
 from fm_longctx.kernels.hopper import query_gradient as hopper_query_kernels
 from fm_longctx.kernels.hopper.scaling import scale_kernel
-from fm_longctx.kernels.merge import merge_kernel
+from fm_longctx.kernels.merge import add_rows_kernel, merge_kernel
 from fm_longctx.kernels.schedule import tile_runs_kernel, tile_states_kernel
 from fm_longctx.kernels.statistics import statistics_kernel
 
@@ -54,6 +54,11 @@ SMALL = {
         merge_kernel,
         dict(IN_PLACE=False, D_V=128, BLOCK_DV=128, BLOCK=16),
         {"p_out": "*fp32", "p_part": "*fp32", "p_part_lse": "*fp32"},
+    ),
+    "add_rows": (
+        add_rows_kernel,
+        dict(BLOCK=1024),
+        {"p_total": "*fp32", "p_returned": "*fp32", "p_rows": "*i64", "p_order": "*i64"},
     ),
     "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {}),
     "scaling": (scale_kernel, dict(BLOCK=2048), {"p_sum": "*fp32"}),
