@@ -53,11 +53,11 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
         return group
     name = group.group_name
     if name not in _beside or _beside[name][0] is not group:
-        device = next(iter(backends))
+        backend = group._get_backend(torch.device(next(iter(backends))))
         # The ranks of other groups need not take part; nor do they know that this one is made.
         other = dist.new_group(
             dist.get_process_group_ranks(group),
-            timeout=group._get_backend(torch.device(device)).options._timeout,
+            timeout=getattr(getattr(backend, "options", None), "_timeout", None),
             backend="gloo",
             use_local_synchronization=True,
         )

@@ -67,12 +67,12 @@ class Stage:
         On the way to a GPU they go through pinned memory: from elsewhere the host would wait until the GPU has done
         what was asked of it before.
         """
-        if torch.device(device).type == "cuda" and self.columns.device.type == "cpu" and not self.columns.is_pinned():
-            return self.pin_memory().to(device)
+        to_gpu = torch.device(device).type == "cuda" and self.columns.device.type == "cpu"
+        stage = self.pin_memory() if to_gpu and not self.columns.is_pinned() else self
         return replace(
-            self,
-            mask=self.mask.to(device),
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in _INDICES},
+            stage,
+            mask=stage.mask.to(device),
+            **{name: getattr(stage, name).to(device, non_blocking=True) for name in _INDICES},
         )
 
     def pin_memory(self) -> Stage:
