@@ -87,7 +87,7 @@ class PlanReport:
         shared = "" if plan.head_parallel == 1 else f" in rings of {plan.head_parallel} that split the heads"
         lines = [
             f"{plan.num_tokens:,} tokens over {plan.world_size} ranks{shared}, strategy {plan.strategy}, "
-            f"{plan.num_stages} stages",
+            f"{plan.num_stages} stages" + (f", each {plan.growth:g} times the one before" if plan.growth != 1 else ""),
             f"imbalance (max/mean area)      {plan.imbalance:.3f}",
             f"keys received, of all-gather   {plan.received_fraction:.3f} on average "
             f"(no even layout below {self.floor:.3f})",
