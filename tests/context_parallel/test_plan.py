@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.cases import cases
 from benchmarks.packs import pack
 from fm_longctx import FlashMask, ShardPlan
+from fm_longctx.context_parallel import local
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.layout import chunk_grid
 from fm_longctx.mask import builders
@@ -147,6 +149,34 @@ def test_stages_divide_the_remote_keys(num_stages):
         if num_stages == world_size:
             # A ring: one source in each stage.
             assert [sum(count > 0 for count in stage.receive_counts) for stage in stages[1:]] == [1] * 4
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("num_stages", [3, 4])
+def test_pairs_are_cut_by_the_same_shares(monkeypatch, num_stages, growth):
+    """Both ends cut alike; every stage has its share of each pair's keys, but for the rounding."""
+    monkeypatch.setattr(local, "_LEAST_PIECE", 1)
+    world_size = 5
+    mask = builders.causal_document([60, 41])
+    plan = replace(ShardPlan.build(mask, world_size, num_stages=num_stages, chunk_size=4), growth=growth)
+    check_stages(plan, mask.to_dense())
+    shares = np.array([growth**s for s in range(num_stages - 1)])
+    cut = 0
+    for rank in range(world_size):
+        counts = np.array([stage.receive_counts for stage in plan.local(rank).stages[1:]])
+        for pair in counts.T[counts.sum(0) >= num_stages - 1]:
+            assert np.abs(pair - pair.sum() * shares / shares.sum()).max() <= 1
+            cut += 1
+    assert cut > 5
+
+
+@pytest.mark.parametrize("world_size, seed", [(8, 0), (16, 2)])
+def test_stages_of_a_rank_have_their_share_of_its_bytes(world_size, seed):
+    plan = ShardPlan.build(builders.causal_document(pack(8_192 * world_size, seed)), world_size, num_stages=4)
+    report, shares = plan.report(), np.array([plan.growth**s for s in range(3)])
+    for moved in (report.received[:, 1:], report.sent[:, 1:]):
+        busy = moved[moved.sum(1) > moved.sum(1).mean() / 2]
+        assert np.abs(busy / busy.sum(1, keepdims=True) / (shares / shares.sum()) - 1).max() < 0.1
 
 
 def test_several_masks_share_a_layout():
