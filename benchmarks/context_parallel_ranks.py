@@ -38,7 +38,7 @@ from torch import Tensor
 
 from benchmarks.context_parallel import MASKS
 from benchmarks.environment import environment
-from benchmarks.packs import median_seed
+from benchmarks.packs import typical_seed
 from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention, flashmask_attention
 from fm_longctx.context_parallel.exchange import start_keys
 from fm_longctx.mask import FlashMask, builders
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 def mask_of(name: str, n: int) -> FlashMask:
     if name != "prefix_tree":
-        return MASKS[name](n, median_seed(n))
+        return MASKS[name](n, typical_seed(n))
     # A prompt of half the tokens with two branches, the first of which branches again.
     lengths = [n // 2, n // 8, n // 8, n // 8]
     return builders.prefix_tree([-1, 0, 1, 1, 0], [*lengths, n - sum(lengths)])

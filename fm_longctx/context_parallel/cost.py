@@ -120,7 +120,7 @@ def predict_forward(cost: CostModel, scores: Floats, keys: Floats, rows: Floats)
         scores: what each rank computes in each stage, `[ranks, stages]`, for all mask heads' share of one query head.
         keys: keys that a rank sends or receives, whichever are more, before each stage, `[ranks, stages]`; 0 in the
             first.
-        rows: positions of each rank, `[ranks]`.
+        rows: of each rank, those that see keys of others, `[ranks]`: the others are not merged.
 
     >>> shape = dict(heads=1, kv_heads=1, head_dim=1, element_bytes=1, forward_flops=4, bandwidth=2, latency=0)
     >>> model = CostModel(**shape, memory_bandwidth=1e30)

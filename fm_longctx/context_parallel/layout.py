@@ -135,7 +135,7 @@ def choose_stages(layout: Layout, cost: CostModel, num_stages: int | None) -> tu
     # What needs tell of scores is an upper bound: a tile counts whole.
     scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
     np.fill_diagonal(scores, load - scores.sum(1))
-    rows = np.bincount(owners, problem.sizes, world_size).astype(np.float64)
+    rows = problem.merging(owners)
     times = {}
     for stages in range(2, min(world_size, _MOST_STAGES) + 1) if num_stages is None else [num_stages]:
         for growth in _GROWTHS if 2 < stages < world_size else (1.0,):

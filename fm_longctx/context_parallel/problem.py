@@ -113,6 +113,10 @@ class Problem:
         needed[owners, np.arange(self.chunks)] = 0
         return needed
 
+    def merging(self, owners: Ints) -> Floats:
+        """`[ranks]`: rows of each rank that see columns of others, by whole chunks."""
+        return merging_rows(self.needs, self.sizes, owners, self.world_size)
+
     def floor(self, tolerance: float = TOLERANCE) -> float:
         """A lower bound on the received fraction of any assignment whose imbalance is at most 1 + tolerance.
 
@@ -127,3 +131,10 @@ class Problem:
         tokens = float(self.sizes.sum())
         everything = tokens * (self.world_size - 1)
         return float((np.maximum(ranks - 1, 0) * most).sum() / everything) if everything else 0.0
+
+
+def merging_rows(needs: Needs, sizes: Ints, owners: Ints, world_size: int) -> Floats:
+    """`[ranks]`: rows of the chunks that see columns of chunks of another rank."""
+    sees = np.zeros(len(sizes), dtype=bool)
+    sees[needs.rows[owners[needs.rows] != owners[needs.columns]]] = True
+    return np.bincount(owners, sizes * sees, world_size).astype(np.float64)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fm_longctx.context_parallel.cost import Prediction, predict_backward, predict_forward
-from fm_longctx.context_parallel.coverage import Floats
+from fm_longctx.context_parallel.coverage import Floats, chunk_needs, segments
 from fm_longctx.context_parallel.layout import stage_tables
+from fm_longctx.context_parallel.problem import merging_rows
 from fm_longctx.mask.draw import MAX_CELLS, cell_colours, palette, rank_of_block, visible_share
 
 if TYPE_CHECKING:
@@ -49,16 +50,20 @@ class PlanReport:
         ranks, cost, heads = plan.rings, plan.cost, plan.head_parallel
         total = sum(plan.weights)
         scores, received, sent = (np.zeros((ranks, plan.num_stages)) for _ in range(3))
+        merging = np.zeros(ranks)
+        bounds, owners = plan.bounds.numpy(), plan.owners.numpy()
         for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
             tables = stage_tables(area, seen, plan.num_stages, plan.growth)
+            needs = chunk_needs(segments(mask), bounds)
+            merging += merging_rows(needs, np.diff(bounds), owners, ranks) * (weight / total / heads)
             scores += tables.scores * (weight / total / mask.heads / heads)
             received += tables.received * (weight / total * mask.batch / heads)
             sent += tables.sent * (weight / total * mask.batch / heads)
         busier = np.maximum(received, sent)
         rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
         trade = cost.trade_heads(rows / heads, heads)
-        forward = predict_forward(cost, scores, busier, rows / heads)
-        backward = predict_backward(cost, scores, busier, rows / heads)
+        forward = predict_forward(cost, scores, busier, merging)
+        backward = predict_backward(cost, scores, busier, merging)
         return cls(
             plan=plan,
             scores=scores,
