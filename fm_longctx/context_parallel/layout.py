@@ -39,8 +39,8 @@ _MOST_CHUNKS = 1024
 _MANY_RANKS = 512
 # More stages than these are not tried: each merges the rank's whole output once more.
 _MOST_STAGES = 8
-# How many times the keys of the stage before a stage may bring.
-_GROWTHS = (1.0, 1.5, 2.0)
+# How many times the keys of the stage before a stage may bring, besides as many.
+_GROWTHS = (1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +136,22 @@ def choose_stages(layout: Layout, cost: CostModel, num_stages: int | None) -> tu
     scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
     np.fill_diagonal(scores, load - scores.sum(1))
     rows = problem.merging(owners)
-    times = {}
-    for stages in range(2, min(world_size, _MOST_STAGES) + 1) if num_stages is None else [num_stages]:
-        for growth in _GROWTHS if 2 < stages < world_size else (1.0,):
-            tables = stage_tables(scores, keys, stages, growth)
-            forward = predict_forward(cost, tables.scores, tables.exchanged * layout.entries, rows)
-            backward = predict_backward(cost, tables.scores, tables.exchanged * layout.entries, rows)
-            times[stages, growth] = float(forward.total.max() + backward.total.max())
+
+    def time(stages: int, growth: float) -> float:
+        tables = stage_tables(scores, keys, stages, growth)
+        forward = predict_forward(cost, tables.scores, tables.exchanged * layout.entries, rows)
+        backward = predict_backward(cost, tables.scores, tables.exchanged * layout.entries, rows)
+        return float(forward.total.max() + backward.total.max())
+
+    choices = range(2, min(world_size, _MOST_STAGES) + 1) if num_stages is None else [num_stages]
+    times = {(stages, 1.0): time(stages, 1.0) for stages in choices}
+    # Growing stages are for having fewer of them.
+    most = min(times, key=lambda choice: times[choice])[0]
+    for stages in choices:
+        if 2 < stages <= most and stages < world_size:
+            times |= {(stages, growth): time(stages, growth) for growth in _GROWTHS}
     good = 1.01 * min(times.values())
-    return next(choice for choice, time in times.items() if time <= good)
+    return min(choice for choice, seconds in times.items() if seconds <= good)
 
 
 class StageTables(NamedTuple):
