@@ -37,7 +37,7 @@ def swap(problem: Problem, owners: Ints) -> Ints:
     stuck = np.zeros(problem.world_size, dtype=bool)
     mixed = bool(problem.odd.any())
     work_a_round = len(problem.needs.rows) + problem.world_size * problem.chunks // 2
-    for _ in range(min(4 * problem.world_size, max(8, _MOST_WORK // work_a_round))):
+    for _ in range(min(3 * problem.world_size, max(8, _MOST_WORK // work_a_round))):
         if stuck.all():
             break
         demand = state.incoming.sum(0)
