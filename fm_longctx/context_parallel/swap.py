@@ -15,7 +15,7 @@ _OVERLOAD_PRICE = 50.0
 _SENDS = 1.25
 _SEND_PRICE = 1.0
 # Bounds the time: rounds x what a round walks over.
-_MOST_WORK = 4_000_000
+_MOST_WORK = 3_400_000
 _MOST_CELLS = 1 << 23
 # Pairs worked out exactly before a rank is given up.
 _TRIES = 8
