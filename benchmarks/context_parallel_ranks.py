@@ -4,10 +4,15 @@
     torchrun --nproc-per-node 8 -m benchmarks.context_parallel_ranks --transport nccl      # one GPU each
     torchrun --nproc-per-node 2 -m benchmarks.context_parallel_ranks --device cpu --transport gloo --tokens 64
 
-gloo moves GPU tensors through the host: correctness only, and no times are printed. NCCL does not let ranks share a
-GPU; over it forward and backward are timed as well, by the slowest rank, median of --repeats. Every case is checked on
-rank 0 against `flashmask_attention` on the whole sequence, output and the gradients of q, k and v; a wrong one shows no
-speed, and the exit code is 1.
+gloo moves GPU tensors through the host: correctness only, and no times are printed (--time prints them all the same, of
+a transport that is not for speed). NCCL does not let ranks share a GPU. Every case is checked on rank 0 against
+`flashmask_attention` on the whole sequence, output and the gradients of q, k and v; a wrong one shows no speed, and the
+exit code is 1.
+
+Over NCCL each case is timed as well, at --time-tokens a rank and --time-heads: forward and backward, by the slowest
+rank, median of --repeats; the same with its collectives left out, which is what attention alone takes; and its
+all-to-alls alone, with the bytes of the busiest rank. What the collectives add to attention is the exposed exchange.
+Counted are the times that rank 0's host waited for its GPU in a first step, the schedules' making included.
 
 An error may be at most twice that of the op itself against higher precision, plus one rounding to the dtype and 16 to
 float32, of the largest value.
@@ -21,16 +26,21 @@ import json
 import os
 import statistics
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.context_parallel import MASKS
 from benchmarks.environment import environment
+from benchmarks.packs import typical_seed
 from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention, flashmask_attention
+from fm_longctx.context_parallel.exchange import start_keys
 from fm_longctx.mask import FlashMask, builders
 
 PARTS = ("out", "dq", "dk", "dv")
@@ -47,11 +57,10 @@ def main() -> int:
     dist.init_process_group(options.transport, timeout=datetime.timedelta(seconds=options.timeout))
     rows, wrong = [], 0
     for name in options.masks:
-        mask = tree(size * options.tokens) if name == "prefix_tree" else MASKS[name](size * options.tokens)
         for head_parallel in options.head_parallel:
             if size % head_parallel or options.heads[0] % head_parallel:
                 continue
-            row = run(name, mask, head_parallel, device, options)
+            row = run(name, head_parallel, device, options)
             rows.append(row)
             wrong += not row["ok"]
             if rank == 0:
@@ -75,7 +84,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--masks", nargs="+", choices=[*MASKS, "prefix_tree"], default=[*MASKS, "prefix_tree"])
     parser.add_argument("--head-parallel", type=int, nargs="+", default=[1, 2], help="those that divide the ranks")
     parser.add_argument("--stages", type=int, help="chosen by the cost model if not given")
-    parser.add_argument("--repeats", type=int, default=10, help="timed runs, over NCCL")
+    parser.add_argument("--time", action=argparse.BooleanOptionalAction, help="time each case (over NCCL)")
+    parser.add_argument("--time-tokens", type=int, default=8192, help="tokens a rank of the timed runs")
+    parser.add_argument("--time-heads", type=int, nargs=2, default=[64, 8], help="heads of the timed runs")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs")
     parser.add_argument("--backend", help="of flashmask_attention; chosen if not given")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--timeout", type=int, default=120, help="seconds a collective may wait for a rank")
@@ -83,53 +95,79 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", help="the commit to record where there is no git")
     options = parser.parse_args()
     options.dtype = getattr(torch, options.dtype)
+    if options.time is None:
+        options.time = options.transport == "nccl"
     return options
 
 
-def tree(n: int) -> FlashMask:
-    """A prompt of half the tokens with two branches, the first of which branches again."""
+def mask_of(name: str, n: int) -> FlashMask:
+    if name != "prefix_tree":
+        return MASKS[name](n, typical_seed(n))
+    # A prompt of half the tokens with two branches, the first of which branches again.
     lengths = [n // 2, n // 8, n // 8, n // 8]
     return builders.prefix_tree([-1, 0, 1, 1, 0], [*lengths, n - sum(lengths)])
 
 
-def run(
-    name: str, mask: FlashMask, head_parallel: int, device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
-    rank, size, n = dist.get_rank(), dist.get_world_size(), mask.num_rows
-    generator = torch.Generator(device).manual_seed(0)  # the same inputs on every rank
-    q, k, v, dout = (
-        torch.randn(1, n, h, options.head_dim, generator=generator, device=device).to(options.dtype)
-        for h in (options.heads[0], options.heads[1], options.heads[1], options.heads[0])
-    )
-    stages = None if options.stages is None else min(options.stages, size // head_parallel)
-    plan = ShardPlan.build(mask, size, head_parallel=head_parallel, num_stages=stages)
-    context = ContextParallel(dist.group.WORLD, plan, mask, device=device)
-    mine = [plan.shard(x, rank, 1) for x in (q, k, v)]
+class Case:
+    """A mask on all ranks: its plan and context, and this rank's part of inputs that all ranks make alike."""
 
-    def step() -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in mine]
-        out = context_parallel_attention(*leaves, context, backend=options.backend)
-        out.backward(plan.shard(dout, rank, 1))
+    def __init__(
+        self, name: str, tokens: int, heads: list[int], head_parallel: int, device: torch.device, options: Any
+    ) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.mask, self.options = mask_of(name, size * tokens), options
+        stages = None if options.stages is None else min(options.stages, size // head_parallel)
+        self.plan = ShardPlan.build(self.mask, size, head_parallel=head_parallel, num_stages=stages)
+        self.context = ContextParallel(dist.group.WORLD, self.plan, self.mask, device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        self.inputs = tuple(
+            torch.randn(1, self.mask.num_rows, h, options.head_dim, generator=generator, device=device).to(
+                options.dtype
+            )
+            for h in (heads[0], heads[1], heads[1], heads[0])
+        )
+        self.mine = [self.plan.shard(x, rank, 1) for x in self.inputs]
+
+    def forward(self) -> tuple[Tensor, list[Tensor]]:
+        leaves = [x.detach().requires_grad_() for x in self.mine[:3]]
+        return context_parallel_attention(*leaves, self.context, backend=self.options.backend), leaves
+
+    def backward(self, out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        out.backward(self.mine[3])
         return [out.detach(), *(x.grad for x in leaves)]
 
-    shards = step()
+
+def run(name: str, head_parallel: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one case: its errors over their budgets, and its times if it is right."""
+    case = Case(name, options.tokens, options.heads, head_parallel, device, options)
+    shards = case.backward(*case.forward())
     row: dict[str, Any] = {
         "mask": name,
-        "ranks": size,
+        "ranks": case.plan.world_size,
         "head_parallel": head_parallel,
         "transport": options.transport,
-        "tokens": n,
-        "heads": list(options.heads),
-        "head_dim": options.head_dim,
         "dtype": str(options.dtype).removeprefix("torch."),
+        "head_dim": options.head_dim,
+        "checked": describe(case, options.heads),
+    }
+    row |= compare(case.plan, shards, case.inputs, case.mask.to(device), options)
+    heads = options.time_heads
+    if row["ok"] and options.time and heads[0] % head_parallel == 0:
+        del case, shards
+        case = Case(name, options.time_tokens, heads, head_parallel, device, options)
+        row["timed"] = describe(case, heads) | timing(case, device)
+    return row
+
+
+def describe(case: Case, heads: list[int]) -> dict[str, Any]:
+    plan = case.plan
+    return {
+        "tokens": plan.num_tokens,
+        "heads": list(heads),
         "stages": plan.num_stages,
         "imbalance": plan.imbalance,
         "received": plan.received_fraction,
     }
-    row |= compare(plan, shards, (q, k, v, dout), mask.to(device), options)
-    if row["ok"] and options.transport == "nccl":
-        row |= timing(step, plan, options)
-    return row
 
 
 def compare(
@@ -169,24 +207,95 @@ def whole(
     return out.detach(), *(x.grad for x in leaves)
 
 
-def timing(step: Any, plan: ShardPlan, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of forward and backward together, of the slowest rank, and the rate a GPU."""
+def timing(case: Case, device: torch.device) -> dict[str, float]:
+    """Median seconds of the slowest rank, forward and backward: in all, of attention alone, of the exchange alone."""
+    syncs = host_syncs(case, device)
     for _ in range(3):
-        step()
-    times = []
-    for _ in range(options.repeats):
-        torch.cuda.synchronize()
-        dist.barrier()
-        begin = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        seconds = torch.tensor(time.perf_counter() - begin, device="cuda")
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        times.append(float(seconds))
-    seconds = statistics.median(times)
+        case.backward(*case.forward())
+    seconds = passes(case, device)
+    exchange = dist.all_to_all_single
+    try:
+        dist.all_to_all_single = lambda *args, **kwargs: _Nothing()
+        alone = passes(case, device)
+    finally:
+        dist.all_to_all_single = exchange
+    plan, options = case.plan, case.options
     area = sum(plan.areas) / plan.head_parallel / plan.world_size
-    flops = 3.5 * 4 * options.head_dim * options.heads[0] * area
-    return {"seconds": seconds, "tflops_a_gpu": flops / seconds / 1e12}
+    heads = case.inputs[0].shape[2]
+    result: dict[str, float] = {"host_syncs": syncs}
+    for name, whole, compute, factor in zip(("forward", "backward"), seconds, alone, (1.0, 2.5), strict=True):
+        result[f"{name}_seconds"], result[f"{name}_seconds_without_exchange"] = whole, compute
+        result[f"{name}_seconds_exposed"] = whole - compute
+        result[f"{name}_tflops_a_gpu"] = factor * 4 * options.head_dim * heads * area / whole / 1e12
+    result["forward_seconds_of_exchange_alone"] = exchange_alone(case, device)
+    keys = max(float(np.maximum(t.sum(0), t.sum(1)).max()) for t in (k - np.diag(k.diagonal()) for _, k in plan.tables))
+    per_key = 2 * max(1, case.inputs[1].shape[2] // plan.head_parallel) * options.head_dim * case.mine[1].element_size()
+    result["forward_bytes_at_most"] = keys * per_key
+    return result
+
+
+def host_syncs(case: Case, device: torch.device) -> int:
+    """How often the host waited for the GPU in this rank's first forward and backward of a batch, as torch sees it."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            case.backward(*case.forward())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    if found:
+        print(f"rank {dist.get_rank()}: {found[0]} at {caught[0].filename}:{caught[0].lineno}", flush=True)
+    return len(found)
+
+
+def passes(case: Case, device: torch.device) -> tuple[float, float]:
+    """Seconds of forward and of backward."""
+    forward, backward = [], []
+    for _ in range(case.options.repeats):
+        held: list[Any] = []
+        forward.append(slowest(lambda held=held: held.extend(case.forward()), device))
+        backward.append(slowest(lambda held=held: case.backward(*held), device))
+    return statistics.median(forward), statistics.median(backward)
+
+
+def exchange_alone(case: Case, device: torch.device) -> float:
+    """Seconds of the forward's all-to-alls, with nothing to hide behind and nothing before them."""
+    group = dist.group.WORLD
+    assert group is not None
+    k, stages = case.mine[1], case.context.stages
+    heads = max(1, k.shape[2] // case.context.members)
+    own = k.new_zeros(stages[0].mask.num_rows, 1, heads, 2 * k.shape[3])
+
+    def exchange() -> None:
+        for pending in [start_keys(stage, own, group) for stage in stages[1:]]:
+            pending.wait()
+
+    exchange()
+    return statistics.median(slowest(exchange, device) for _ in range(case.options.repeats))
+
+
+def slowest(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until the work is done on every rank."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = torch.tensor(time.perf_counter() - begin, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+class _Nothing:
+    """A collective that was left out: what it would have received is whatever lay there."""
+
+    def wait(self) -> None: ...
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -98,7 +100,7 @@ def context_parallel_attention(
             differ between ranks, which are named.
         RuntimeError: a rank is gone, or did not come within the group's timeout.
 
-    The keys of stage s + 1 travel while stage s is attended to. Partial results are merged in float32 (float64 for
+    The keys of later stages travel while stage s is attended to. Partial results are merged in float32 (float64 for
     float64 inputs) in the order of the stages; gradients of keys travel back in that dtype and are added in the order
     of stages and ranks. So the exchange is repeatable bit for bit, and with `deterministic` everything is. Stages
     without a visible score run no kernel. Received keys are kept for the backward unless `refetch`; under activation
@@ -157,21 +159,30 @@ class _Attention(torch.autograd.Function):
         exact = torch.promote_types(q.dtype, torch.float32)
         received: list[Tensor] = []
         out = lse = None
-        for stage, keys in _arrivals(stages, k, v, group):
+        left = sum(stage.area > 0 for stage in stages)
+        # Keys that are kept have their memory anyway: all start now, so that the link never waits for attention.
+        arriving = _arrivals(stages[1:], k, v, group, ahead=1 if refetch else len(stages))
+        for stage, keys in chain([(stages[0], None)], arriving):
             if keys is not None and not refetch:
                 received.append(keys)
             if not stage.area:
                 continue
+            left -= 1
             k_s, v_s = (k, v) if keys is None else unpack(keys, k.shape[-1])
-            part, part_lse = attention_forward(q, k_s, v_s, stage.mask, out_dtype=exact, **options)
+            # What nothing is merged into any more is rounded where it is made.
+            only = out is None and not left
+            part, part_lse = attention_forward(q, k_s, v_s, stage.mask, out_dtype=q.dtype if only else exact, **options)
             if out is None or lse is None:
                 out, lse = part, part_lse
-            else:
+            elif left or q.dtype == exact:
                 merge_(out, lse, part, part_lse)
+            else:
+                rounded = torch.empty_like(out, dtype=q.dtype)
+                merge_(out, lse, part, part_lse, rounded)
+                out = rounded
         if out is None or lse is None:
-            out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=exact)
+            out = q.new_zeros((*q.shape[:3], v.shape[-1]))
             lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=exact)
-        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *received)
         ctx.stages, ctx.group, ctx.refetch, ctx.options = stages, group, refetch, options
         ctx.deterministic = deterministic
@@ -185,42 +196,51 @@ class _Attention(torch.autograd.Function):
         exact = torch.promote_types(q.dtype, torch.float32)
         dout = torch.zeros_like(out) if dout is None else dout
         delta = attention_delta(out, dout, dlse, backend=ctx.options["backend"])
-        dq = torch.zeros_like(q, dtype=exact)
+        dq: Tensor | None = None
 
         def gradients(stage: Stage, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             """dk and dv of a stage; its part of dq is added."""
+            nonlocal dq
             if not stage.area:
                 return torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
             options = dict(ctx.options, grad_dtype=exact, deterministic=ctx.deterministic)
             dq_s, dk, dv = attention_backward(dout, q, k, v, lse, delta, stage.mask, **options)
-            dq.add_(dq_s)
+            dq = dq_s if dq is None else dq.add_(dq_s)
             return dk, dv
 
+        # The last stage first, which may be the largest, and the rank's own keys last: the gradients travel meanwhile.
+        remote = stages[:0:-1]
         # Without refetching there are as many as stages; with it there are none.
-        arrivals: Iterable[tuple[Stage, Tensor]] = zip(stages[1:], received, strict=not ctx.refetch)
+        arrivals: Iterable[tuple[Stage, Tensor]] = zip(remote, reversed(received), strict=not ctx.refetch)
         if ctx.refetch:
-            arrivals = ((stage, keys) for stage, keys in _arrivals(stages, k, v, ctx.group) if keys is not None)
+            arrivals = _arrivals(remote, k, v, ctx.group, ahead=1)
         returning: list[Pending] = []
-        # The rank's own keys last: the gradients of the others' travel meanwhile.
         for stage, keys in arrivals:
             dk_s, dv_s = gradients(stage, *unpack(keys, k.shape[-1]))
             returning.append(start_gradients(stage, dk_s, dv_s, _some(ctx.group)))
         total = pack(*gradients(stages[0], k, v))
-        for stage, pending in zip(stages[1:], returning, strict=True):
+        for stage, pending in zip(remote, returning, strict=True):
             add_gradients_(total, stage, pending.wait())
         dk, dv = unpack(total, k.shape[-1])
+        dq = torch.zeros_like(q) if dq is None else dq
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 def _arrivals(
-    stages: tuple[Stage, ...], k: Tensor, v: Tensor, group: dist.ProcessGroup | None
-) -> Iterator[tuple[Stage, Tensor | None]]:
-    """Each stage with its packed keys (None in the first, the rank's own), the next stage's already on their way."""
-    arriving: Pending | None = None
-    for s, stage in enumerate(stages):
-        keys = None if arriving is None else arriving.wait()
-        arriving = start_keys(stages[s + 1], k, v, _some(group)) if s + 1 < len(stages) else None
-        yield stage, keys
+    stages: Sequence[Stage], k: Tensor, v: Tensor, group: dist.ProcessGroup | None, *, ahead: int
+) -> Iterator[tuple[Stage, Tensor]]:
+    """Each stage with its packed keys. The first `ahead` exchanges start here, one more whenever one has arrived."""
+    own = pack(k, v) if stages else k
+    travelling = deque(start_keys(stage, own, _some(group)) for stage in stages[:ahead])
+
+    def arrive() -> Iterator[tuple[Stage, Tensor]]:
+        for s, stage in enumerate(stages):
+            keys = travelling.popleft().wait()
+            if s + ahead < len(stages):
+                travelling.append(start_keys(stages[s + ahead], own, _some(group)))
+            yield stage, keys
+
+    return arrive()
 
 
 def _words(x: Tensor) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from fm_longctx.context_parallel.agreement import compare
 from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.context_parallel.stages import RankPlan, Stage
 from fm_longctx.mask.flash_mask import FlashMask
@@ -24,9 +25,9 @@ class ContextParallel:
         plan: the plan, or this rank's part of it (`plan.local(rank, mask)`, made in a loader's worker).
         mask: the global mask; the first of the plan's if not given. None with a rank's part, which has its mask.
         device: where attention will run; the mask's device, or the CPU, if not given.
-        check: compare plan and mask across the ranks here, and dtype and shape at the first attention: one small
-            collective each that waits for all ranks, once a batch. Ranks that disagree would exchange the wrong keys,
-            or hang.
+        check: compare plan and mask across the ranks here, and dtype and shape at the first attention: 16 bytes a rank
+            each, once a batch, on the CPU: it waits for the other ranks' hosts but for no kernel. Ranks that disagree
+            would exchange the wrong keys, or hang.
 
     Raises:
         ValueError: plan, mask and group do not fit together. With `check` it is raised on every rank if it is raised on
@@ -54,7 +55,7 @@ class ContextParallel:
             problem, identity = error, f"error: {error}"
         if check and group is not None:
             # Before raising our own: the others are waiting, and must raise too.
-            self._compare(identity, group, "mask or plan")
+            compare(identity, group, "mask or plan")
         if problem is not None:
             raise problem
         if device is None:
@@ -79,7 +80,7 @@ class ContextParallel:
         """Compare what goes into attention (dtype and shape, in words) across the ranks, the first time only."""
         if self._unchecked and self.group is not None:
             self._unchecked = False
-            self._compare(inputs, self.group, "the inputs of attention")
+            compare(inputs, self.group, "the inputs of attention")
 
     def stages_of(self, heads: int, kv_heads: int) -> tuple[Stage, ...]:
         """The stages under the masks of this member's part of so many heads: the same ones for one mask head."""
@@ -112,17 +113,3 @@ class ContextParallel:
         if plan.rank != self.rank:
             raise ValueError(f"this is rank {self.rank} of the group but the plan is rank {plan.rank}'s part.")
         return plan
-
-    def _compare(self, identity: str, group: dist.ProcessGroup, what: str) -> None:
-        everyone: list[str] = [""] * self.world_size
-        dist.all_gather_object(everyone, identity, group=group)
-        # What most ranks hold is taken as right; of equally many what the first of them holds.
-        usual = max(everyone, key=everyone.count)
-        differing = [rank for rank, other in enumerate(everyone) if other != usual]
-        if differing:
-            reference = everyone.index(usual)
-            told = "; ".join(f"rank {rank}: {everyone[rank]}" for rank in [reference, *differing])
-            raise ValueError(
-                f"the ranks disagree about {what}: {differing} hold another than rank {reference} ({told}). Make both "
-                "from the same batch and config on every rank of the group."
-            )

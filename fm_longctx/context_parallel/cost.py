@@ -76,8 +76,8 @@ class CostModel:
         return 10.0 * self.head_dim * self.heads * scores / self.backward_flops
 
     def merge(self, rows: Floats) -> Floats:
-        """Seconds to merge a stage's output into the rank's: both read and one written in float32, and the part before
-        that written."""
+        """Seconds to merge a stage's output (or part of dQ) into the rank's: both read and one written in float32, and
+        the part before that written."""
         return 16.0 * rows * self.heads * self.head_dim / self.memory_bandwidth
 
     def transfer(self, num_bytes: Floats) -> Floats:
@@ -114,50 +114,50 @@ class Prediction(NamedTuple):
 
 
 def predict_forward(cost: CostModel, scores: Floats, keys: Floats, rows: Floats) -> Prediction:
-    """The forward: stage s + 1 travels while stage s is attended to.
+    """The forward: later stages travel while stage s is attended to.
 
     Args:
         scores: what each rank computes in each stage, `[ranks, stages]`, for all mask heads' share of one query head.
         keys: keys that a rank sends or receives, whichever are more, before each stage, `[ranks, stages]`; 0 in the
             first.
-        rows: positions of each rank, `[ranks]`.
+        rows: of each rank, those that see keys of others, `[ranks]`: the others are not merged.
 
     >>> shape = dict(heads=1, kv_heads=1, head_dim=1, element_bytes=1, forward_flops=4, bandwidth=2, latency=0)
     >>> model = CostModel(**shape, memory_bandwidth=1e30)
     >>> scores, keys = np.array([[2.0, 1.0, 1.0]]), np.array([[0.0, 1.5, 2.0]])
     >>> predict_forward(model, scores, keys, np.ones(1)).total.round(6).tolist()
-    [5.0]
+    [4.5]
     """
     compute = cost.forward_compute(scores)
     compute[:, 1:] += cost.merge(rows)[:, None] * (scores[:, 1:] > 0)
     return forward_timeline(compute, cost.transfer(keys * cost.forward_key_bytes))
 
 
-def predict_backward(cost: CostModel, scores: Floats, keys: Floats) -> Prediction:
-    """The backward: gradients of stage s travel while later stages are computed; the rank's own keys come last.
+def predict_backward(cost: CostModel, scores: Floats, keys: Floats, rows: Floats) -> Prediction:
+    """The backward: gradients of a stage travel while the stages before it are computed; the rank's own keys come last.
 
     Arguments as in `predict_forward`.
     """
     compute = cost.backward_compute(scores)
+    # Each stage's part of dQ is added to the others'.
+    compute[:, 1:] += cost.merge(rows)[:, None] * (scores[:, 1:] > 0)
     return backward_timeline(compute, cost.transfer(keys * cost.backward_key_bytes))
 
 
 def forward_timeline(compute: Floats, transfers: Floats) -> Prediction:
     """When each rank is done, from the seconds of each stage's attention and of the exchange before it, `[ranks,
-    stages]` each."""
-    arrived = done = np.zeros(len(compute))
+    stages]` each. The exchanges follow one another from the start on."""
+    arrived = transfers.cumsum(1)
+    done = np.zeros(len(compute))
     for s in range(compute.shape[1]):
-        begin = np.maximum(arrived, done)
-        # The next exchange is packed on the stream of the attention, so it starts when this stage does.
-        following = transfers[:, s + 1] if s + 1 < compute.shape[1] else 0.0
-        arrived, done = begin + following, begin + compute[:, s]
+        done = np.maximum(arrived[:, s], done) + compute[:, s]
     return Prediction(compute.sum(1), done)
 
 
 def backward_timeline(compute: Floats, transfers: Floats) -> Prediction:
-    """As `forward_timeline`, of the backward: each exchange follows its stage, and the rank's own keys come last."""
+    """As `forward_timeline`, of the backward: from the last stage to the first, each exchange after its stage."""
     arrived = done = np.zeros(len(compute))
-    for s in range(1, compute.shape[1]):
+    for s in range(compute.shape[1] - 1, 0, -1):
         done = done + compute[:, s]
         arrived = np.maximum(arrived, done) + transfers[:, s]
     return Prediction(compute.sum(1), np.maximum(arrived, done + compute[:, 0]))

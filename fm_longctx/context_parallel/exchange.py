@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fm_longctx.context_parallel.stages import Stage
+from fm_longctx.kernels.merge import add_rows
 
 
 class Pending:
@@ -54,8 +55,12 @@ def needs_host(device: torch.device, group: dist.ProcessGroup) -> bool:
     """Whether the group's backend for this device is gloo, and the device is not a CPU."""
     if device.type == "cpu":
         return False
-    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
-    return backends.get(device.type) == "gloo"
+    return backends_of(group).get(device.type) == "gloo"
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """Which backend a group has for each type of device."""
+    return dict(part.split(":") for part in dist.get_backend_config(group).split(","))
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -70,12 +75,9 @@ def _empty_like(x: Tensor, length: int, *, pin: bool) -> Tensor:
     return x.new_empty((length, *x.shape[1:]))
 
 
-def start_keys(stage: Stage, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Send the rank's own keys and values `[B, T, H_kv, D]` and `[B, T, H_kv, D_v]` to where the stage needs them."""
-    rows = stage.send_rows
-    return Pending(
-        pack(k.index_select(1, rows), v.index_select(1, rows)), stage.send_counts, stage.receive_counts, group
-    )
+def start_keys(stage: Stage, own: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Send the rank's own keys and values, packed, to where the stage needs them."""
+    return Pending(own.index_select(0, stage.send_rows), stage.send_counts, stage.receive_counts, group)
 
 
 def start_gradients(stage: Stage, dk: Tensor, dv: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -86,9 +88,12 @@ def start_gradients(stage: Stage, dk: Tensor, dv: Tensor, group: dist.ProcessGro
 def add_gradients_(total: Tensor, stage: Stage, returned: Tensor) -> None:
     """Add what `start_gradients` brought, packed, to the packed gradients of the rank's own keys, in place.
 
-    One addition per rank, in rank order: several ranks return gradients of the same key, and within one addition the
-    rows are distinct, so the sum has one order and is repeatable bit for bit.
+    Several ranks return gradients of the same key: they are added in rank order, so the sum is repeatable bit for bit.
+    On a GPU by one kernel, elsewhere by one addition per rank, within which the rows are distinct.
     """
+    if total.is_cuda and total.dtype == torch.float32:
+        add_rows(total, returned, stage.return_rows, stage.return_order)
+        return
     for rows, part in zip(stage.send_rows.split(stage.send_counts), returned.split(stage.send_counts), strict=True):
         if len(rows):
             total.index_add_(0, rows, part)

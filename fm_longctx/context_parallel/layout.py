@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from fm_longctx.context_parallel.assign import STRATEGIES, balanced, contiguous, zigzag
-from fm_longctx.context_parallel.cost import CostModel, predict_forward
+from fm_longctx.context_parallel.cost import CostModel, predict_backward, predict_forward
 from fm_longctx.context_parallel.coverage import (
     Floats,
     Ints,
@@ -22,19 +23,24 @@ from fm_longctx.context_parallel.coverage import (
     segments,
     tile_work,
 )
-from fm_longctx.context_parallel.local import stage_of
+from fm_longctx.context_parallel.local import stage_slice
 from fm_longctx.context_parallel.problem import TOLERANCE, Bools, Problem
 from fm_longctx.mask.flash_mask import FlashMask
 
 # The kernels' blocks of rows and columns; chunks are whole ones where a rank has enough positions.
 _TILE = 128
-# Chunks a rank has if not told otherwise, and how many there may be in all where that is too few to balance.
+# Chunks a rank has if not told otherwise, and how many a rank and in all there may be where that is too few to balance.
 _CHUNKS_A_RANK = 16
+_MOST_A_RANK = 32
+# A chunk with more than this share of a rank's load leaves too little room beside it.
+_HEAVIEST = 0.75
 _MOST_CHUNKS = 1024
 # Beyond so many ranks a plan that balances well takes longer than a step: see docs/context_parallel.md.
 _MANY_RANKS = 512
 # More stages than these are not tried: each merges the rank's whole output once more.
 _MOST_STAGES = 8
+# How many times the keys of the stage before a stage may bring, besides as many.
+_GROWTHS = (1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +78,17 @@ def choose_layout(
     if strategy == "balanced":
         size = chunk_size or _chunk_size(n, world_size)
         bounds, areas, problem = pose(size)
-        best = balanced(problem)
         # A mask with a few heavy rows asks for smaller chunks.
-        while chunk_size is None and best.imbalance > 1 + 2 * TOLERANCE and n < size * _MOST_CHUNKS and size > 1:
+        most = max(_MOST_CHUNKS, _MOST_A_RANK * world_size)
+
+        def may_halve() -> bool:
+            return chunk_size is None and n < size * most and size > 1
+
+        while may_halve() and problem.load.max(initial=0.0) > _HEAVIEST * problem.mean_load:
+            size //= 2
+            bounds, areas, problem = pose(size)
+        best = balanced(problem)
+        while may_halve() and best.imbalance > 1 + 2 * TOLERANCE:
             size //= 2
             finer = pose(size)
             other = balanced(finer[2])
@@ -97,13 +111,20 @@ def choose_layout(
     )
 
 
-def choose_stages(layout: Layout, cost: CostModel) -> int:
-    """The fewest stages whose predicted forward is within 1% of the best, for the rank that takes longest."""
+def choose_stages(layout: Layout, cost: CostModel, num_stages: int | None) -> tuple[int, float]:
+    """How many stages, and how much more each brings than the one before, for the rank that takes longest.
+
+    Of the choices whose predicted forward and backward are together within 1% of the best, the one with the fewest
+    stages. A first stage of few keys arrives soon; the more it has, the longer it hides the next.
+
+    Args:
+        num_stages: if it is given already.
+    """
     world_size, problem, owners = layout.world_size, layout.problem, layout.assigned
     if world_size <= 2:
-        return world_size
+        return world_size, 1.0
     # [destination, source]
-    keys = np.stack([np.bincount(owners, r, world_size).astype(np.float64) for r in problem.received(owners)])
+    keys = np.stack([np.bincount(owners, r, world_size).round().astype(np.int64) for r in problem.received(owners)])
     load = np.bincount(owners, problem.load, world_size)
     needs = problem.needs
     pairs = owners[needs.rows] * world_size + owners[needs.columns]
@@ -114,33 +135,58 @@ def choose_stages(layout: Layout, cost: CostModel) -> int:
     # What needs tell of scores is an upper bound: a tile counts whole.
     scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
     np.fill_diagonal(scores, load - scores.sum(1))
-    rows = np.bincount(owners, problem.sizes, world_size).astype(np.float64)
-    times = {}
-    for stages in range(2, min(world_size, _MOST_STAGES) + 1):
-        prediction = predict_forward(cost, *stage_tables(scores, keys * layout.entries, stages), rows)
-        times[stages] = float(prediction.total.max())
+    rows = problem.merging(owners)
+
+    def time(stages: int, growth: float) -> float:
+        tables = stage_tables(scores, keys, stages, growth)
+        forward = predict_forward(cost, tables.scores, tables.exchanged * layout.entries, rows)
+        backward = predict_backward(cost, tables.scores, tables.exchanged * layout.entries, rows)
+        return float(forward.total.max() + backward.total.max())
+
+    choices = range(2, min(world_size, _MOST_STAGES) + 1) if num_stages is None else [num_stages]
+    times = {(stages, 1.0): time(stages, 1.0) for stages in choices}
+    # Growing stages are for having fewer of them.
+    most = min(times, key=lambda choice: times[choice])[0]
+    for stages in choices:
+        if 2 < stages <= most and stages < world_size:
+            times |= {(stages, growth): time(stages, growth) for growth in _GROWTHS}
     good = 1.01 * min(times.values())
-    return next(stages for stages, time in times.items() if time <= good)
+    return min(choice for choice, seconds in times.items() if seconds <= good)
 
 
-def stage_tables(scores: Floats, keys: Floats, num_stages: int, direction: str = "busier") -> tuple[Floats, Floats]:
-    """What each rank computes, and what keys it exchanges, in each stage, `[ranks, stages]` each.
+class StageTables(NamedTuple):
+    """What each rank does in each stage, float64 `[ranks, stages]`."""
 
-    Args:
-        scores, keys: `[destination, source]` of every pair of ranks.
-        direction: keys `received`, `sent`, or those of the `busier` of the two.
-    """
+    scores: Floats
+    """Computed. Those of a pair of ranks are taken to be spread over its keys evenly."""
+    received: Floats
+    """Keys that arrive; none in the first stage."""
+    sent: Floats
+    """Keys that leave."""
+
+    @property
+    def exchanged(self) -> Floats:
+        """Received or sent, whichever are more."""
+        return np.maximum(self.received, self.sent)
+
+
+def stage_tables(scores: Floats | Ints, keys: Ints, num_stages: int, growth: float) -> StageTables:
+    """Stages from the scores and keys of every pair of ranks, `[destination, source]`; own ones on the diagonal."""
     ranks = len(scores)
-    computed, received, sent = (np.zeros((ranks, num_stages)) for _ in range(3))
-    for hops in range(ranks):
-        destination = np.arange(ranks)
-        source = (destination - hops) % ranks
-        stage = stage_of(0, hops, ranks, num_stages)
-        computed[destination, stage] += scores[destination, source]
-        if hops:
-            received[destination, stage] += keys[destination, source]
-            sent[source, stage] += keys[destination, source]
-    return computed, {"received": received, "sent": sent, "busier": np.maximum(received, sent)}[direction]
+    tables = StageTables(*(np.zeros((ranks, num_stages)) for _ in range(3)))
+    tables.scores[:, 0] = scores.diagonal()
+    # Of many ranks few pairs meet.
+    destination, source = np.nonzero(keys)
+    remote = destination != source
+    destination, source = destination[remote], source[remote]
+    count, hops = keys[destination, source], (destination - source) % ranks
+    begin, end = stage_slice(count, hops, np.arange(1, num_stages)[:, None], ranks, num_stages, growth)
+    of_key = scores[destination, source] / count
+    for s, travels in enumerate(end - begin, start=1):
+        tables.scores[:, s] = np.bincount(destination, travels * of_key, ranks)
+        tables.received[:, s] = np.bincount(destination, travels, ranks)
+        tables.sent[:, s] = np.bincount(source, travels, ranks)
+    return tables
 
 
 def received_floor(masks: Sequence[FlashMask], weights: Sequence[int], world_size: int, tolerance: float) -> float:
@@ -204,19 +250,19 @@ def _pose(
     """Bounds, areas of the chunks, and the problem of sharing them out."""
     bounds, odd = chunk_grid(masks[0].num_rows, world_size, chunk_size)
     areas = np.zeros(len(bounds) - 1, dtype=np.int64)
-    load = np.zeros(len(bounds) - 1)
+    # In chunks smaller than a tile the kernel's blocks say nothing about the rows.
+    loads = np.zeros((2 if chunk_size >= _TILE else 1, len(bounds) - 1))
     for mask, part, weight in zip(masks, parts, weights, strict=True):
         area = chunk_areas(part, bounds)
         areas += weight * area
-        # Half the scores, half the tiles: neither may be far from even. In chunks smaller than a tile the kernel's
-        # blocks say nothing about the rows.
-        work = (area + tile_work(part, bounds, _TILE)) / 2 if chunk_size >= _TILE else area
-        load += work * (weight / mask.heads)
+        loads[0] += area * (weight / mask.heads)
+        if len(loads) > 1:
+            loads[1] += tile_work(part, bounds, _TILE) * (weight / mask.heads)
     problem = Problem(
         world_size=world_size,
         sizes=np.diff(bounds),
         odd=odd,
-        load=load,
+        loads=loads,
         needs=_together([chunk_needs(part, bounds) for part in parts], weights, len(bounds) - 1),
         cost=cost,
     )

@@ -11,24 +11,43 @@ from fm_longctx.context_parallel.coverage import Ints, covered, seen_areas, seen
 from fm_longctx.context_parallel.stages import Stage
 from fm_longctx.mask.flash_mask import FlashMask
 
+# A pair's keys are not cut into stages of fewer on average: a kernel's tile takes as long for a part of its columns.
+_LEAST_PIECE = 128
 
-def stage_of(source: int, destination: int, world_size: int, num_stages: int) -> int:
-    """The stage in which one rank's keys travel to another's; 0 to itself.
 
-    Pairs are told apart by (destination - source) modulo the ranks: in 2 stages all travel at once, in as many stages
-    as ranks one neighbour after the other, as in a ring.
+def stage_slice(
+    keys: Ints, hops: Ints, stage: Ints, world_size: int, num_stages: int, growth: float
+) -> tuple[Ints, Ints]:
+    """Which of the keys that one rank sends another travel in a stage: those from `begin` to `end`, in their order.
+
+    Every pair's keys are cut by the same shares, so that whatever a rank sends or receives in all, each of its stages
+    has its share of the bytes. Pairs of few keys travel in one stage, spread over the stages by their hops. With as
+    many stages as ranks (more than two) it is a ring instead: one neighbour after the other.
+
+    Args:
+        keys, hops: of each pair, how many keys, and (destination - source) modulo the ranks; at least 1 hop.
+        stage: 1..num_stages - 1; the three are broadcast.
+        growth: how many times the share of the stage before each stage has.
     """
-    hops = (destination - source) % world_size
-    return 0 if hops == 0 else 1 + (hops - 1) * (num_stages - 1) // (world_size - 1)
+    if num_stages == world_size:
+        return np.zeros_like(keys), np.where(hops == stage, keys, 0)
+    shares = np.power(float(growth), np.arange(num_stages - 1)).cumsum()
+    ends = np.concatenate([np.zeros(1), shares[:-1] / shares[-1], np.ones(1)])
+    low, high = ends[stage - 1], ends[stage]
+    at = (hops - 0.5) / (world_size - 1)
+    whole = np.where((low < at) & (at <= high), keys, 0)
+    cut = keys >= _LEAST_PIECE * (num_stages - 1)
+    begin, end = np.floor(keys * low).astype(np.int64), np.floor(keys * high).astype(np.int64)
+    return np.where(cut, begin, 0), np.where(cut, end, whole)
 
 
 def rank_stages(
-    mask: FlashMask, bounds: Ints, owners: Ints, rank: int, world_size: int, num_stages: int
+    mask: FlashMask, bounds: Ints, owners: Ints, rank: int, world_size: int, num_stages: int, growth: float
 ) -> tuple[Ints, tuple[Stage, ...]]:
     """A rank's rows, ascending, and its stages under one mask. bounds and owners as in `ShardPlan`."""
     sources = np.repeat(owners, np.diff(bounds))
     parts = segments(mask).cut(bounds)
-    rows_of = _positions_by_rank(np.arange(len(sources)), sources, world_size)
+    rows_of = rows_by_rank(bounds, owners, world_size)
     rows = rows_of[rank]
     seen = np.flatnonzero(seen_columns(parts, rows))
     needed = _positions_by_rank(seen, sources[seen], world_size)
@@ -39,28 +58,51 @@ def rank_stages(
     for other in range(world_size):
         first, stop = seen_ranges(own, rows_of[other])
         wanted.append(np.flatnonzero(covered(local, local + stop - first, len(rows))))
-    none = np.zeros(0, dtype=np.int64)
-    stages = []
-    for s in range(num_stages):
-        meets = [r != rank and stage_of(r, rank, world_size, num_stages) == s for r in range(world_size)]
-        gets = [r != rank and stage_of(rank, r, world_size, num_stages) == s for r in range(world_size)]
-        received = [needed[r] if meets[r] else none for r in range(world_size)]
-        sent = [wanted[r] if gets[r] else none for r in range(world_size)]
-        columns = np.concatenate(received) if s else rows
-        stages.append(_stage(mask, rows, columns, received, sent))
+    others, shape = np.arange(world_size), (world_size, num_stages, growth)
+    stages = [_stage(mask, rows, rows, [0] * world_size, [], [0] * world_size)]
+    for s in range(1, num_stages):
+        counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(needed)])
+        received = _cut(needed, *stage_slice(counts, (rank - others) % world_size, np.array(s), *shape))
+        counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(wanted)])
+        sent = _cut(wanted, *stage_slice(counts, (others - rank) % world_size, np.array(s), *shape))
+        columns = np.concatenate(received)
+        stages.append(_stage(mask, rows, columns, [len(r) for r in received], sent, [len(r) for r in sent]))
     return rows, tuple(stages)
 
 
-def _stage(mask: FlashMask, rows: Ints, columns: Ints, received: Sequence[Ints], sent: Sequence[Ints]) -> Stage:
+def _cut(positions: Sequence[Ints], begins: Ints, ends: Ints) -> list[Ints]:
+    return [p[begin:end] for p, begin, end in zip(positions, begins.tolist(), ends.tolist(), strict=True)]
+
+
+def _stage(
+    mask: FlashMask,
+    rows: Ints,
+    columns: Ints,
+    receive_counts: Sequence[int],
+    sent: Sequence[Ints],
+    send_counts: Sequence[int],
+) -> Stage:
     local = mask.select(torch.from_numpy(rows), torch.from_numpy(columns))
+    send_rows = np.concatenate([np.zeros(0, dtype=np.int64), *sent])
+    order = np.argsort(send_rows, kind="stable")
     return Stage(
         mask=local,
         area=int(local.area().sum()),
         columns=torch.from_numpy(columns),
-        receive_counts=tuple(len(r) for r in received),
-        send_counts=tuple(len(s) for s in sent),
-        send_rows=torch.from_numpy(np.concatenate(sent)),
+        receive_counts=tuple(receive_counts),
+        send_counts=tuple(send_counts),
+        send_rows=torch.from_numpy(send_rows),
+        return_rows=torch.from_numpy(send_rows[order]),
+        return_order=torch.from_numpy(order),
     )
+
+
+def rows_by_rank(bounds: Ints, owners: Ints, world_size: int) -> list[Ints]:
+    """The positions of each rank, ascending."""
+    order, sizes = np.argsort(owners, kind="stable"), np.diff(bounds)
+    sizes = sizes[order]
+    rows = np.arange(bounds[-1]) + np.repeat(bounds[:-1][order] - (sizes.cumsum() - sizes), sizes)
+    return np.split(rows, np.bincount(owners, np.diff(bounds), world_size).astype(np.int64).cumsum()[:-1])
 
 
 def _positions_by_rank(positions: Ints, ranks: Ints, world_size: int) -> list[Ints]:
@@ -78,7 +120,7 @@ def exchange_tables(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int
     source = sources[parts.first]
     areas = np.zeros((world_size, world_size), dtype=np.int64)
     keys = np.zeros_like(areas)
-    for rank, rows in enumerate(_positions_by_rank(np.arange(len(sources)), sources, world_size)):
+    for rank, rows in enumerate(rows_by_rank(bounds, owners, world_size)):
         # Integers above 2^53 would lose their last digits in bincount's float64.
         np.add.at(areas[rank], source, seen_areas(parts, rows))
         first, stop = seen_ranges(parts, rows)

@@ -7,6 +7,9 @@ import numpy as np
 from fm_longctx.context_parallel.coverage import Floats, Ints
 from fm_longctx.context_parallel.problem import Bools, Problem
 
+# One chunk in so many that are still to come is taken at a time.
+_AT_ONCE = 4
+
 
 def peel(problem: Problem, tolerance: float) -> Ints:
     """Owners of the chunks, `[chunks]`: each rank takes late rows of a long document, and light chunks to fill up.
@@ -84,7 +87,7 @@ class _State:
                 return
 
     def filler(self) -> Ints:
-        """The chunk that needs least more and brings the load nearest to its share."""
+        """The chunk that needs least more and brings the load nearest to its share; with much room left several."""
         problem = self.problem
         allowed = self._allowed()
         load = problem.load[allowed]
@@ -97,6 +100,13 @@ class _State:
         candidates, load = allowed[fitting], load[fitting]
         share = (problem.mean_load - self.load) / self.room
         badness = self.extra[candidates] / self.scale + np.abs(load - share) / max(problem.mean_load, 1.0)
+        count = min(self.room // _AT_ONCE, len(badness) - 1)
+        if count > 1:
+            best = np.sort(np.argpartition(badness, count)[:count])
+            odd = int(problem.odd[candidates[best]].sum())
+            together = self.load + load[best].sum() + light[self.room - count]
+            if together <= self.cap and odd <= self.left[1] and count - odd <= self.left[0]:
+                return candidates[best]
         return candidates[[badness.argmin()]]
 
     def take(self, chunks: Ints) -> None:

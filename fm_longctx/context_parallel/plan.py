@@ -29,9 +29,9 @@ class ShardPlan:
 
     Positions are cut into chunks (runs of positions) and each chunk has one owner. A rank's rows are those of its
     chunks in ascending order, so that every mask has an exact local form. Rank r receives the columns that at least one
-    of its rows sees, and no others. Stage 0 is a rank's own keys; the pair (source, destination) exchanges in one of
-    the later stages, chosen by (destination - source) modulo the world size: with `num_stages` 2 all at once, with
-    `num_stages` equal to the world size one neighbour after the other, as in a ring.
+    of its rows sees, and no others. Stage 0 is a rank's own keys; what it receives from each of the others is cut into
+    the later stages by the same shares: with `num_stages` 2 all travels at once, with more the first keys arrive soon
+    and hide the others; with `num_stages` equal to the world size one neighbour comes after the other, as in a ring.
 
     With `head_parallel` u the layout is one over world_size / u *rings*, each of u neighbouring ranks: rank r is member
     r % u of ring r // u. The members share the ring's rows, a run each, and trade rows for heads before and after
@@ -51,6 +51,9 @@ class ShardPlan:
     world_size: int
 
     num_stages: int
+
+    growth: float
+    """How many times the keys of the exchange before it each exchange brings."""
 
     bounds: Tensor
     """int64 `[chunks + 1]`: chunk c is the positions `[bounds[c], bounds[c + 1])`."""
@@ -117,9 +120,11 @@ class ShardPlan:
             raise ValueError(f"weights must be {len(masks)} integers >= 1, one for each mask, got {list(weights)}.")
         masks, cost = tuple(m.to("cpu") for m in masks), cost or CostModel()
         layout = choose_layout(masks, weights, world_size // head_parallel, strategy, chunk_size, cost)
+        num_stages, growth = choose_stages(layout, cost, num_stages)
         return cls(
             world_size=world_size,
-            num_stages=choose_stages(layout, cost) if num_stages is None else num_stages,
+            num_stages=num_stages,
+            growth=growth,
             bounds=torch.from_numpy(layout.bounds),
             owners=torch.from_numpy(layout.owners),
             areas=tuple(layout.areas.repeat(head_parallel).tolist()),
@@ -173,6 +178,7 @@ class ShardPlan:
         return cls(
             world_size=world_size,
             num_stages=min(2, world_size) if num_stages is None else num_stages,
+            growth=1.0,
             bounds=torch.from_numpy(bounds),
             owners=torch.from_numpy(ranks),
             areas=tuple(areas.tolist()),
@@ -238,7 +244,9 @@ class ShardPlan:
         self._check_rank(rank)
         mask = self._square(mask)
         ring, member = divmod(rank, self.head_parallel)
-        rows, stages = rank_stages(mask, self.bounds.numpy(), self.owners.numpy(), ring, self.rings, self.num_stages)
+        rows, stages = rank_stages(
+            mask, self.bounds.numpy(), self.owners.numpy(), ring, self.rings, self.num_stages, self.growth
+        )
         return RankPlan(
             rank=rank,
             world_size=self.world_size,
@@ -246,7 +254,7 @@ class ShardPlan:
             rows=self.rows(rank),
             member_counts=member_counts(len(rows), self.head_parallel),
             stages=tuple(stage.between_members(member, self.head_parallel) for stage in stages),
-            fingerprint=_digest(self.fingerprint(), mask.fingerprint()),
+            fingerprint=_digest(self.fingerprint(), self._print_of(mask)),
         )
 
     def local_mask(self, rank: int, stage: int, mask: FlashMask | None = None) -> FlashMask:
@@ -294,10 +302,19 @@ class ShardPlan:
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits; equal for equal plans of equal masks."""
-        layout = (self.world_size, self.head_parallel, self.num_stages, self.bounds.tolist(), self.owners.tolist())
-        return _digest(repr(layout), *(mask.fingerprint() for mask in self.masks))
+        shape = (self.world_size, self.head_parallel, self.num_stages, self.growth)
+        layout = (shape, self.bounds.tolist(), self.owners.tolist())
+        return _digest(repr(layout), *self._prints)
 
     # Within
+
+    @cached_property
+    def _prints(self) -> tuple[str, ...]:
+        return tuple(mask.fingerprint() for mask in self.masks)
+
+    def _print_of(self, mask: FlashMask) -> str:
+        known = (text for own, text in zip(self.masks, self._prints, strict=True) if own is mask)
+        return next(known, None) or mask.fingerprint()
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.world_size:

@@ -15,7 +15,7 @@ from fm_longctx.context_parallel.coverage import Floats, Ints, Needs
 Bools = npt.NDArray[np.bool_]
 
 # Load above the mean, as a share of it, that is not worth a single key more of traffic.
-TOLERANCE = 0.01
+TOLERANCE = 0.015
 # 1% of imbalance beyond the tolerance weighs like at least 5% of an all-gather, however slow the link is said to be.
 _LEAST_PRICE = 5.0
 
@@ -26,7 +26,7 @@ class Assignment(NamedTuple):
     owners: Ints
     """`[chunks]`: the rank of each chunk."""
     imbalance: float
-    """Largest over mean load, 1.0 without load."""
+    """Largest over mean load, of the measure that is least even; 1.0 without load."""
     received: float
     """Columns received over what an all-gather receives, mean over ranks, as far as the needs tell."""
     cost: float
@@ -43,8 +43,9 @@ class Problem:
     odd: Bools
     """`[chunks]`: chunks of another size than the rest; a rank owns at most one. As `chunk_grid` makes them: the last
     chunk of each of `world_size` equal groups."""
-    load: Floats
-    """`[chunks]`: scores that the kernel computes for the chunk's rows."""
+    loads: Floats
+    """`[measures, chunks]`: what must be even over the ranks, each by itself: scores of the chunk's rows that are
+    visible, and scores of the tiles that a kernel visits for them."""
     needs: Needs
     """What the rows of a chunk see of others. A rank is taken to need of a chunk as many columns as its most demanding
     chunk of rows: exact for packed causal documents."""
@@ -53,6 +54,18 @@ class Problem:
     @property
     def chunks(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def load(self) -> Floats:
+        """`[chunks]`: the mean of the measures."""
+        mean: Floats = self.loads.mean(0)
+        return mean
+
+    @cached_property
+    def mean_loads(self) -> Floats:
+        """`[measures]`: of a rank."""
+        means: Floats = self.loads.sum(1) / self.world_size
+        return means
 
     @cached_property
     def mean_load(self) -> float:
@@ -86,8 +99,8 @@ class Problem:
 
     def measure(self, owners: Ints) -> Assignment:
         """The assignment with its imbalance, traffic and cost."""
-        load = np.bincount(owners, self.load, self.world_size)
-        imbalance = float(load.max() / self.mean_load) if self.mean_load > 0 else 1.0
+        loads = np.stack([np.bincount(owners, load, self.world_size) for load in self.loads])
+        imbalance = float((loads.max(1) / self.mean_loads).max()) if (self.mean_loads > 0).all() else 1.0
         elsewhere = self.sizes.sum() - np.bincount(owners, self.sizes, self.world_size)
         fractions = self.received(owners).sum(1) / np.maximum(elsewhere, 1)
         received = float(fractions.mean())
@@ -99,6 +112,10 @@ class Problem:
         np.maximum.at(needed, (owners[self.needs.rows], self.needs.columns), self.needs.keys)
         needed[owners, np.arange(self.chunks)] = 0
         return needed
+
+    def merging(self, owners: Ints) -> Floats:
+        """`[ranks]`: rows of each rank that see columns of others, by whole chunks."""
+        return merging_rows(self.needs, self.sizes, owners, self.world_size)
 
     def floor(self, tolerance: float = TOLERANCE) -> float:
         """A lower bound on the received fraction of any assignment whose imbalance is at most 1 + tolerance.
@@ -114,3 +131,10 @@ class Problem:
         tokens = float(self.sizes.sum())
         everything = tokens * (self.world_size - 1)
         return float((np.maximum(ranks - 1, 0) * most).sum() / everything) if everything else 0.0
+
+
+def merging_rows(needs: Needs, sizes: Ints, owners: Ints, world_size: int) -> Floats:
+    """`[ranks]`: rows of the chunks that see columns of chunks of another rank."""
+    sees = np.zeros(len(sizes), dtype=bool)
+    sees[needs.rows[owners[needs.rows] != owners[needs.columns]]] = True
+    return np.bincount(owners, sizes * sees, world_size).astype(np.float64)

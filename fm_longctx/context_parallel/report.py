@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fm_longctx.context_parallel.cost import Prediction, predict_backward, predict_forward
-from fm_longctx.context_parallel.coverage import Floats
+from fm_longctx.context_parallel.coverage import Floats, chunk_needs, segments
 from fm_longctx.context_parallel.layout import stage_tables
+from fm_longctx.context_parallel.problem import merging_rows
 from fm_longctx.mask.draw import MAX_CELLS, cell_colours, palette, rank_of_block, visible_share
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class PlanReport:
 
     plan: ShardPlan
     scores: Floats
-    """`[rings, stages]`: unmasked scores of one query head, over the members that split the heads."""
+    """`[rings, stages]`: unmasked scores of one query head, over the members that split the heads; exact for a rank,
+    while within it those of a pair of ranks are taken to be spread over its keys evenly."""
     received: Floats
     """`[rings, stages]`: bytes of keys and values that arrive."""
     sent: Floats
@@ -47,21 +49,24 @@ class PlanReport:
         """The report of a plan: `plan.report()`."""
         ranks, cost, heads = plan.rings, plan.cost, plan.head_parallel
         total = sum(plan.weights)
-        scores, keys = np.zeros((ranks, ranks)), np.zeros((ranks, ranks))
+        scores, received, sent = (np.zeros((ranks, plan.num_stages)) for _ in range(3))
+        merging = np.zeros(ranks)
+        bounds, owners = plan.bounds.numpy(), plan.owners.numpy()
         for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
-            scores += area * (weight / total / mask.heads / heads)
-            keys += seen * (weight / total * mask.batch / heads)
-        np.fill_diagonal(keys, 0)
-        computed, busier = stage_tables(scores, keys, plan.num_stages)
-        received = stage_tables(scores, keys, plan.num_stages, direction="received")[1]
-        sent = stage_tables(scores, keys, plan.num_stages, direction="sent")[1]
+            tables = stage_tables(area, seen, plan.num_stages, plan.growth)
+            needs = chunk_needs(segments(mask), bounds)
+            merging += merging_rows(needs, np.diff(bounds), owners, ranks) * (weight / total / heads)
+            scores += tables.scores * (weight / total / mask.heads / heads)
+            received += tables.received * (weight / total * mask.batch / heads)
+            sent += tables.sent * (weight / total * mask.batch / heads)
+        busier = np.maximum(received, sent)
         rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
         trade = cost.trade_heads(rows / heads, heads)
-        forward = predict_forward(cost, computed, busier, rows / heads)
-        backward = predict_backward(cost, computed, busier)
+        forward = predict_forward(cost, scores, busier, merging)
+        backward = predict_backward(cost, scores, busier, merging)
         return cls(
             plan=plan,
-            scores=computed,
+            scores=scores,
             received=received * cost.forward_key_bytes,
             sent=sent * cost.forward_key_bytes,
             forward=forward._replace(total=forward.total + trade),
@@ -87,7 +92,7 @@ class PlanReport:
         shared = "" if plan.head_parallel == 1 else f" in rings of {plan.head_parallel} that split the heads"
         lines = [
             f"{plan.num_tokens:,} tokens over {plan.world_size} ranks{shared}, strategy {plan.strategy}, "
-            f"{plan.num_stages} stages",
+            f"{plan.num_stages} stages" + (f", each {plan.growth:g} times the one before" if plan.growth != 1 else ""),
             f"imbalance (max/mean area)      {plan.imbalance:.3f}",
             f"keys received, of all-gather   {plan.received_fraction:.3f} on average "
             f"(no even layout below {self.floor:.3f})",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fm_longctx.mask.flash_mask import FlashMask
 
+_INDICES = ("columns", "send_rows", "return_rows", "return_order")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
@@ -28,6 +30,12 @@ class Stage:
 
     send_rows: Tensor
     """int64 `[sum of send_counts]`: which of the rank's own keys (local positions), destination after destination."""
+
+    return_rows: Tensor
+    """int64, `send_rows` in ascending order: where the gradients that come back go."""
+
+    return_order: Tensor
+    """int64: at which place of `send_rows` each stands; of equal ones in the order of ranks."""
 
     area: int
     """Unmasked scores of `mask`: a stage without any launches nothing."""
@@ -54,13 +62,26 @@ class Stage:
         return replace(self, mask=part)
 
     def to(self, device: torch.device | str) -> Stage:
-        """The same stage with its mask and its indices on a device."""
+        """The same stage with its mask and its indices on a device.
+
+        On the way to a GPU they go through pinned memory: from elsewhere the host would wait until the GPU has done
+        what was asked of it before.
+        """
+        to_gpu = torch.device(device).type == "cuda" and self.columns.device.type == "cpu"
+        stage = self.pin_memory() if to_gpu and not self.columns.is_pinned() else self
         return replace(
-            self,
-            mask=self.mask.to(device),
-            columns=self.columns.to(device, non_blocking=True),
-            send_rows=self.send_rows.to(device, non_blocking=True),
+            stage,
+            mask=stage.mask.to(device),
+            **{name: getattr(stage, name).to(device, non_blocking=True) for name in _INDICES},
         )
+
+    def pin_memory(self) -> Stage:
+        """The same stage in pinned memory. Needs a GPU."""
+        mask = self.mask
+        pinned = FlashMask.from_canonical(
+            mask.starts.pin_memory(), mask.ends.pin_memory(), causal=mask.causal, num_rows=mask.num_rows
+        )
+        return replace(self, mask=pinned, **{name: getattr(self, name).pin_memory() for name in _INDICES})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +105,11 @@ class RankPlan:
 
     fingerprint: str
     """Of plan and mask; the same on every rank that will work together."""
+
+    def pin_memory(self) -> RankPlan:
+        """The same part in pinned memory, for a loader's thread: a `ContextParallel` made of it copies nothing on the
+        host. Needs a GPU."""
+        return replace(self, stages=tuple(stage.pin_memory() for stage in self.stages))
 
 
 def member_counts(rows: int, members: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ _OVERLOAD_PRICE = 50.0
 _SENDS = 1.25
 _SEND_PRICE = 1.0
 # Bounds the time: rounds x what a round walks over.
-_MOST_WORK = 4_700_000
+_MOST_WORK = 3_400_000
 _MOST_CELLS = 1 << 23
 # Pairs worked out exactly before a rank is given up.
 _TRIES = 8
@@ -30,27 +30,28 @@ def swap(problem: Problem, owners: Ints) -> Ints:
     if problem.world_size == 1 or problem.mean_load <= 0 or problem.world_size * problem.chunks > _MOST_CELLS:
         return owners
     state = _Traffic(problem, owners.copy())
-    load = np.bincount(owners, problem.load, problem.world_size)
-    limit = problem.mean_load * (1 + TOLERANCE)
-    price = _OVERLOAD_PRICE * float(problem.sizes.sum()) / problem.mean_load
+    # Of each measure, in mean loads: how far every rank is above its limit.
+    loads = problem.loads / np.maximum(problem.mean_loads, 1e-30)[:, None]
+    above = np.stack([np.bincount(owners, load, problem.world_size) for load in loads]) - (1 + TOLERANCE)
+    price = _OVERLOAD_PRICE * float(problem.sizes.sum())
     stuck = np.zeros(problem.world_size, dtype=bool)
     mixed = bool(problem.odd.any())
     work_a_round = len(problem.needs.rows) + problem.world_size * problem.chunks // 2
-    for _ in range(min(8 * problem.world_size, max(8, _MOST_WORK // work_a_round))):
+    for _ in range(min(3 * problem.world_size, max(8, _MOST_WORK // work_a_round))):
         if stuck.all():
             break
         demand = state.incoming.sum(0)
         sent = np.bincount(state.owners, demand, problem.world_size)
         allowed = _SENDS * float(sent.mean())
-        order = np.lexsort((-state.received, -np.maximum(sent - allowed, 0), -np.maximum(load - limit, 0)))
+        order = np.lexsort((-state.received, -np.maximum(sent - allowed, 0), -np.maximum(above, 0).sum(0)))
         rank = int(order[~stuck[order]][0])
         mine = np.flatnonzero(state.owners == rank)
         theirs = np.flatnonzero(state.owners != rank)
-        others = load[state.owners[theirs]]
-        shift = problem.load[mine][:, None] - problem.load[theirs]
-        bonus = price * _relief(load[rank] - limit, others - limit, shift)
+        others = state.owners[theirs]
         moved = demand[mine][:, None] - demand[theirs]
-        bonus += _SEND_PRICE * _relief(sent[rank] - allowed, sent[state.owners[theirs]] - allowed, moved)
+        bonus = _SEND_PRICE * _relief(sent[rank] - allowed, sent[others] - allowed, moved)
+        for load, over in zip(loads, above, strict=True):
+            bonus += price * _relief(over[rank], over[others], load[mine][:, None] - load[theirs])
         gain = state.estimate(rank, mine, theirs) + bonus
         if mixed:
             gain[problem.odd[mine][:, None] != problem.odd[theirs]] = -np.inf
@@ -62,8 +63,9 @@ def swap(problem: Problem, owners: Ints) -> Ints:
                 break
             other = int(state.owners[theirs[j]])
             if state.try_swap(int(mine[i]), int(theirs[j]), float(bonus[i, j])):
-                load[rank] -= shift[i, j]
-                load[other] += shift[i, j]
+                shift = loads[:, mine[i]] - loads[:, theirs[j]]
+                above[:, rank] -= shift
+                above[:, other] += shift
                 stuck[:] = False
                 break
     return state.owners
@@ -71,8 +73,12 @@ def swap(problem: Problem, owners: Ints) -> Ints:
 
 def _relief(mine: float, theirs: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]) -> Floats:
     """How much less two ranks are above a limit together, so far above it each, once the first gives away `shift`."""
-    before = max(mine, 0.0) + np.maximum(theirs, 0)
-    return before - np.maximum(mine - shift, 0) - np.maximum(theirs + shift, 0)
+    after, received = mine - shift, theirs + shift
+    np.maximum(after, 0, out=after)
+    np.maximum(received, 0, out=received)
+    after += received
+    relief: Floats = (max(mine, 0.0) + np.maximum(theirs, 0)) - after
+    return relief
 
 
 def _largest(values: Floats, count: int) -> Ints:

@@ -23,7 +23,7 @@ def problem_of(mask, world_size, chunk_size, **cost):
         world_size=world_size,
         sizes=np.diff(bounds),
         odd=odd,
-        load=chunk_areas(parts, bounds).astype(float),
+        loads=chunk_areas(parts, bounds).astype(float)[None],
         needs=chunk_needs(parts, bounds),
         cost=CostModel(**cost),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import context_parallel as replay
+from benchmarks.packs import pack
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ["--tokens", "64", "--heads", "4", "2", "--head-dim", "16", "--dtype", "float32", "--device", "cpu"]
@@ -37,6 +38,12 @@ def test_replay_counts_resumes_and_tells_measured_from_modelled(monkeypatch, tmp
     assert len(rows[1]["measured_forward_seconds"][0]) == 1 and rows[1]["received"] == 1
     text = path.with_suffix(".md").read_text()
     assert "Compute is measured; the exchange is modelled" in text and "2 of 4" in text and "MagiAttention" in text
+    assert "64 ranks" not in text
+    # The link of a host for a small group, and the pack nearest to the mean area.
+    assert {row["bandwidth"] for row in rows} == {3e11}
+    areas = [sum(m * (m + 1) // 2 for m in pack(n, seed)) for seed in range(20)]
+    distance = [abs(area - sum(areas) / 20) for area in areas]
+    assert distance[rows[2]["seed"]] == min(distance) and rows[0]["seed"] is None
 
     capsys.readouterr()
     run_replay(monkeypatch, *some, "--sizes", "4", "--ranks-sampled", "2")
@@ -61,6 +68,7 @@ def test_ranks_against_one_process(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.context_parallel_ranks"]
     command += [*SHAPE, "--transport", "gloo", "--masks", "causal_document", "prefix_tree", "--out", str(tmp_path)]
+    command += ["--time", "--time-tokens", "32", "--time-heads", "4", "2", "--repeats", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -69,4 +77,33 @@ def test_ranks_against_one_process(tmp_path):
     assert [(row["mask"], row["head_parallel"]) for row in rows] == [
         (mask, u) for mask in ("causal_document", "prefix_tree") for u in (1, 2)
     ]
-    assert all(row["ok"] and "seconds" not in row for row in rows)
+    assert all(row["ok"] for row in rows)
+    for row in rows:
+        timed = row["timed"]
+        assert timed["tokens"] == 64 and row["checked"]["tokens"] == 128
+        assert timed["forward_seconds_exposed"] == pytest.approx(
+            timed["forward_seconds"] - timed["forward_seconds_without_exchange"]
+        )
+        # Head parallelism over all ranks exchanges no keys.
+        assert (timed["forward_bytes_at_most"] > 0) == (row["head_parallel"] == 1)
+
+
+def test_a_layout_that_is_another_one_is_measured_once(monkeypatch, capsys):
+    calls = []
+    measure = replay.measure
+    monkeypatch.setattr(replay, "measure", lambda *args: calls.append(args) or measure(*args))
+    some = ["--masks", "causal", "--sizes", "4", "--repeats", "1", "--ranks-sampled", "1"]
+    run_replay(monkeypatch, *some, "--layouts", "balanced", "zigzag", "--host-ranks", "2")
+    assert len(calls) == 1 and "4.5e+10" in capsys.readouterr().out
+    run_replay(monkeypatch, *some, "--layouts", "balanced", "--limit", "1e-9")
+    assert "causal 4 balanced: not begun, --limit is over" in capsys.readouterr().out
+
+
+def test_verdicts_are_of_the_balanced_plan_on_packed_causal_documents():
+    row = dict(mask="causal_document", layout="balanced", compute_forward_tflops=400.0, total_backward_tflops=361.0)
+    rows = [row | dict(ranks=8, total_forward_tflops=918.0), row | dict(ranks=64, total_forward_tflops=119.5)]
+    rows[1]["compute_forward_tflops"] = 300.0
+    text = "".join(replay.verdicts([*rows, dict(mask="full", layout="balanced", ranks=16)]))
+    assert "at 64 ranks is 75% of that at 8" in text
+    assert "918 / 361 modelled in all, 459 / 361 published: 2.00 and 1.00 times" in text and ": 0.50 and" in text
+    assert "16 ranks" not in text

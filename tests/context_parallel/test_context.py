@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention
+from fm_longctx.context_parallel import agreement, exchange
 from fm_longctx.mask import builders
 from tests.distributed import RankError, run_ranks
 
@@ -77,13 +78,14 @@ def test_ranks_with_different_dtypes_all_raise_and_name_the_odd_one():
 
 def count_comparisons():
     calls = []
-    gather = dist.all_gather_object
+    gather = dist.all_gather_into_tensor
 
-    def watched(*args, **kwargs):
-        calls.append(args)
-        gather(*args, **kwargs)
+    def watched(output, input, **kwargs):
+        assert output.device.type == "cpu" and input.numel() == 2
+        calls.append(output)
+        gather(output, input, **kwargs)
 
-    dist.all_gather_object = watched
+    dist.all_gather_into_tensor = watched
     try:
         mask = builders.causal(20)
         context = ContextParallel(dist.group.WORLD, ShardPlan.build(mask, 2), mask)
@@ -91,7 +93,7 @@ def count_comparisons():
         for _ in range(3):
             context_parallel_attention(q, q, q, context)
     finally:
-        dist.all_gather_object = gather
+        dist.all_gather_into_tensor = gather
     return len(calls)
 
 
@@ -113,11 +115,11 @@ def skip_the_check():
     mask = builders.causal_document([21, 30])
     plan = ShardPlan.build(mask, 2)
     calls = []
-    gather, dist.all_gather_object = dist.all_gather_object, lambda *args, **kwargs: calls.append(args)
+    gather, dist.all_gather_into_tensor = dist.all_gather_into_tensor, lambda *args, **kwargs: calls.append(args)
     try:
         ContextParallel(dist.group.WORLD, plan, mask, check=False)
     finally:
-        dist.all_gather_object = gather
+        dist.all_gather_into_tensor = gather
     return len(calls)
 
 
@@ -135,6 +137,31 @@ def hold_a_sub_group():
 
 def test_sub_groups_compare_among_themselves():
     assert run_ranks(4, hold_a_sub_group) == [(0, 2, 20), (0, 2, 21), (1, 2, 20), (1, 2, 21)]
+
+
+def compare_as_if_over_nccl():
+    """Two sub-groups without a backend for the CPU, one of which compares twice and finds a difference."""
+    rank = dist.get_rank()
+    groups = [dist.new_group(ranks, timeout=datetime.timedelta(seconds=9)) for ranks in ([0, 2, 4], [1, 3])]
+    group = groups[rank % 2]
+    agreement.backends_of = lambda group: {"cpu:0": "nccl"}
+    try:
+        if rank % 2 == 0:
+            agreement.compare("alike", group, "words")
+        beside = [agreement.host_group(group) for _ in range(2)]
+        timeout = beside[0]._get_backend(torch.device("cpu")).options._timeout
+        message = failure_of(lambda: agreement.compare(f"rank {rank // 4}", group, "words"))
+        return beside[0] is beside[1] and beside[0] is not group, timeout.seconds, message
+    finally:
+        agreement.backends_of = exchange.backends_of
+
+
+def test_a_group_without_the_cpu_gets_one_beside_it_once():
+    results = run_ranks(5, compare_as_if_over_nccl, timeout=120)
+    assert [result[:2] for result in results] == [(True, 9)] * 5
+    for message in (results[0][2], results[2][2], results[4][2]):
+        assert "disagree about words: [2] hold another than rank 0 (rank 0: rank 0; rank 2: rank 1)" in message
+    assert results[1][2] is results[3][2] is None
 
 
 def test_one_rank_needs_no_group():

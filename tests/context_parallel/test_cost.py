@@ -28,16 +28,16 @@ def test_seconds_by_hand():
 
 
 def test_the_forward_waits_for_what_has_not_arrived():
-    """Compute 2, 1, 1; transfers 1.5 and 2: the second starts with stage 1, at 2, and is waited for from 3 to 4."""
+    """Compute 2, 1, 1; transfers 1.5 and 2: the second starts when the first ends, and is waited for from 3 to 3.5."""
     scores, keys = np.array([[2.0, 1.0, 1.0]]), np.array([[0.0, 1.5, 2.0]])
     prediction = predict_forward(UNIT, scores, keys, np.ones(1))
-    assert prediction.total.tolist() == pytest.approx([5.0]) and prediction.exposed.tolist() == pytest.approx([1.0])
+    assert prediction.total.tolist() == pytest.approx([4.5]) and prediction.exposed.tolist() == pytest.approx([0.5])
 
 
 def test_the_backward_hides_returns_behind_later_stages():
     """Remote stages 1 and 1, their returns 1.5 and 2 queue on the link: at 2.5 and 4.5; the own keys end at 4."""
-    scores, keys = np.array([[2.0, 1.0, 1.0]]), np.array([[0.0, 1.5, 2.0]])
-    prediction = predict_backward(UNIT, scores, keys)
+    scores, keys = np.array([[2.0, 1.0, 1.0]]), np.array([[0.0, 2.0, 1.5]])
+    prediction = predict_backward(UNIT, scores, keys, np.ones(1))
     assert prediction.total.tolist() == pytest.approx([4.5]) and prediction.exposed.tolist() == pytest.approx([0.5])
 
 

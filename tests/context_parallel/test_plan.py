@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.cases import cases
 from benchmarks.packs import pack
 from fm_longctx import FlashMask, ShardPlan
+from fm_longctx.context_parallel import local
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.layout import chunk_grid
 from fm_longctx.mask import builders
@@ -149,6 +151,34 @@ def test_stages_divide_the_remote_keys(num_stages):
             assert [sum(count > 0 for count in stage.receive_counts) for stage in stages[1:]] == [1] * 4
 
 
+@pytest.mark.parametrize("growth", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("num_stages", [3, 4])
+def test_pairs_are_cut_by_the_same_shares(monkeypatch, num_stages, growth):
+    """Both ends cut alike; every stage has its share of each pair's keys, but for the rounding."""
+    monkeypatch.setattr(local, "_LEAST_PIECE", 1)
+    world_size = 5
+    mask = builders.causal_document([60, 41])
+    plan = replace(ShardPlan.build(mask, world_size, num_stages=num_stages, chunk_size=4), growth=growth)
+    check_stages(plan, mask.to_dense())
+    shares = np.array([growth**s for s in range(num_stages - 1)])
+    cut = 0
+    for rank in range(world_size):
+        counts = np.array([stage.receive_counts for stage in plan.local(rank).stages[1:]])
+        for pair in counts.T[counts.sum(0) >= num_stages - 1]:
+            assert np.abs(pair - pair.sum() * shares / shares.sum()).max() <= 1
+            cut += 1
+    assert cut > 5
+
+
+@pytest.mark.parametrize("world_size, seed", [(8, 0), (16, 2)])
+def test_stages_of_a_rank_have_their_share_of_its_bytes(world_size, seed):
+    plan = ShardPlan.build(builders.causal_document(pack(8_192 * world_size, seed)), world_size, num_stages=4)
+    report, shares = plan.report(), np.array([plan.growth**s for s in range(3)])
+    for moved in (report.received[:, 1:], report.sent[:, 1:]):
+        busy = moved[moved.sum(1) > moved.sum(1).mean() / 2]
+        assert np.abs(busy / busy.sum(1, keepdims=True) / (shares / shares.sum()) - 1).max() < 0.1
+
+
 def test_several_masks_share_a_layout():
     n, world_size = 101, 3
     full, window = builders.causal(n), builders.sliding_window(n, 9)
@@ -198,7 +228,7 @@ def test_equal_arguments_give_equal_plans():
     changed = [
         ShardPlan.build(builders.causal_document(lengths), 6),
         ShardPlan.build(builders.causal_document(lengths), 7, chunk_size=100),
-        ShardPlan.build(builders.causal_document(lengths), 7, num_stages=3),
+        ShardPlan.build(builders.causal_document(lengths), 7, num_stages=5),
         ShardPlan.build(builders.causal_document([*lengths[:-1], lengths[-1] - 1, 1]), 7),
     ]
     assert len({plan.fingerprint() for plan in [plans[0], *changed]}) == 5
@@ -213,6 +243,32 @@ def test_a_plan_and_its_parts_travel_by_pickle():
     assert part_again.fingerprint == part.fingerprint
     for a, b in zip(part.stages, part_again.stages, strict=True):
         assert a.columns.equal(b.columns) and a.mask.fingerprint() == b.mask.fingerprint()
+
+
+def test_a_part_moves_through_pinned_memory(monkeypatch):
+    """Nothing is pinned on the way to a CPU; on the way to a GPU everything is, once."""
+    pinned = []
+
+    def pin(x):
+        pinned.append(x)
+        return x.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: any(x.data_ptr() == p.data_ptr() for p in pinned))
+    part = ShardPlan.build(builders.causal_document([50, 51]), 3).local(1)
+    stage = part.stages[1].to("cpu")
+    assert not pinned and stage.columns.equal(part.stages[1].columns)
+    again = part.pin_memory()
+    assert len(pinned) == 6 * len(part.stages)
+    for old, new in zip(part.stages, again.stages, strict=True):
+        assert new.mask.fingerprint() == old.mask.fingerprint() and new.send_rows.equal(old.send_rows)
+        assert new.columns is not old.columns and new.area == old.area and new.send_counts == old.send_counts
+    moved = []
+    monkeypatch.setattr(type(stage), "pin_memory", lambda stage: moved.append(stage) or again.stages[1])
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: x is again.stages[1].columns)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x)
+    monkeypatch.setattr(FlashMask, "to", lambda mask, device: mask)
+    assert part.stages[1].to("cuda").columns is again.stages[1].columns and moved == [part.stages[1]]
 
 
 def test_fingerprint_of_a_part_names_the_mask():
@@ -240,8 +296,7 @@ def test_packs_are_balanced_with_a_fraction_of_the_traffic_of_an_all_gather(worl
     """8K tokens a rank, seeds from 0 on; benchmarks/planner.py has all 20 at both sizes."""
     n = world_size * 8_192
     plans = [ShardPlan.build(builders.causal_document(pack(n, seed)), world_size) for seed in range(packs)]
-    assert max(plan.imbalance for plan in plans) <= 1.05
-    assert np.mean([plan.imbalance for plan in plans]) <= imbalance
+    assert max(plan.imbalance for plan in plans) <= imbalance
     assert np.mean([plan.received_fraction for plan in plans]) <= received
     # No rank sends much more than others receive: it would be the one that all wait for.
     for plan in plans if world_size == 64 else ():

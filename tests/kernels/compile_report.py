@@ -30,6 +30,7 @@ from fm_longctx.kernels.hopper import forward as hopper_forward_kernels
 from fm_longctx.kernels.hopper import launch
 from fm_longctx.kernels.hopper import query_gradient as hopper_query_kernels
 from fm_longctx.kernels.hopper.scaling import scale_kernel
+from fm_longctx.kernels.merge import add_rows_kernel, merge_kernel
 from fm_longctx.kernels.schedule import tile_runs_kernel, tile_states_kernel
 from fm_longctx.kernels.statistics import statistics_kernel
 
@@ -45,6 +46,21 @@ SMALL = {
     ),
     "runs": (tile_runs_kernel, dict(CHUNK=1024, PARTIAL=1), {"p_states": "*i8", "p_used": "*i64"}),
     "delta": (delta_kernel, dict(HAS_DLSE=True, D_V=128, BLOCK_DV=128, BLOCK=32), {"p_dlse": "*fp32"}),
+    "merge": (
+        merge_kernel,
+        dict(IN_PLACE=True, D_V=128, BLOCK_DV=128, BLOCK=16),
+        {"p_out": "*fp32", "p_part": "*fp32", "p_result": "*fp32", "p_part_lse": "*fp32"},
+    ),
+    "merge_last": (
+        merge_kernel,
+        dict(IN_PLACE=False, D_V=128, BLOCK_DV=128, BLOCK=16),
+        {"p_out": "*fp32", "p_part": "*fp32", "p_part_lse": "*fp32"},
+    ),
+    "add_rows": (
+        add_rows_kernel,
+        dict(BLOCK=1024),
+        {"p_total": "*fp32", "p_returned": "*fp32", "p_rows": "*i64", "p_order": "*i64"},
+    ),
     "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {}),
     "scaling": (scale_kernel, dict(BLOCK=2048), {"p_sum": "*fp32"}),
 }

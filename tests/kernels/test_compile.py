@@ -25,7 +25,8 @@ PORTABLE = [
     for kind in ("forward", "query", "key")
 ]
 # The schedule's two kernels, and what runs before and after the backward.
-SMALL = [f"{kind}-{capability}" for kind in ("states", "runs", "delta") for capability in SHARED]
+SMALL_KINDS = ("states", "runs", "delta", "merge", "merge_last", "add_rows")
+SMALL = [f"{kind}-{capability}" for kind in SMALL_KINDS for capability in SHARED]
 SMALL += ["statistics-90", "scaling-90"]
 # Bytes spilled, stores and loads together, where they are known; elsewhere none. Hopper: of all three warp groups, the
 # more of Triton 3.6.0 and 3.7.1. In the forward, addresses that partial tiles alone load, in exchange for Q in
