@@ -65,6 +65,19 @@ class NextToken:
         return total
 
 
+def refuse_other_tasks(task: Task, what: str, remedy: str) -> None:
+    """Raise a ValueError for a task that reads the model in a way of its own, where only next tokens were seen to work.
+
+    Args:
+        what, remedy: which option is in the way, and what to set instead.
+    """
+    if not isinstance(task, NextToken):
+        raise ValueError(
+            f"{what} predicts next tokens, and cannot train the task {type(task).__name__}. Set {remedy}, or "
+            "task.kind to pretrain or sft."
+        )
+
+
 def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
     """One optimizer step over this rank's micro-batches.
 
@@ -101,8 +114,18 @@ def mean_loss(total: Tensor, labels: int, world: World) -> float:
     return float(total) / (labels * world.copies)
 
 
+def check_mask_heads(batch: Batch, world: World) -> None:
+    """Raise a ValueError for a mask of several heads where tensor ranks have heads of their own."""
+    if world.tp_size > 1 and batch.mask.heads > 1:
+        raise ValueError(
+            f"parallel.tensor={world.tp_size} gives each rank some of the heads, and this batch's mask has "
+            f"{batch.mask.heads} heads. Set parallel.tensor to 1 for such masks."
+        )
+
+
 def mask_keyword(batch: Batch, world: World) -> dict[str, Any]:
     """How the batch's mask is handed to the model: itself, or under a context where sequences are sharded."""
+    check_mask_heads(batch, world)
     if world.cp_size == 1:
         return {"flashmask": batch.mask}
     return {"context": ContextParallel(world.cp_group, batch.local, device=world.device)}

@@ -86,12 +86,19 @@ def reference():
         (1, 3, 6, {"strategy": "zigzag", "stages": 3}, {"activation_checkpointing": "full"}),
         (2, 2, 3, CHUNKS | {"head_parallel": 2}, {}),
         (2, 2, 3, CHUNKS | {"replicate": 2}, {}),
+        (1, 2, 6, CHUNKS | {"tensor": 2}, {"activation_checkpointing": "full"}),
     ],
 )
 def test_gradients_equal_one_process(reference, data, context, accumulation, parallel, train):
     loss, labels, want = reference
     for result, change in run_ranks(
-        data * context, gradients_of_one_step, context, accumulation, torch.float64, parallel, **train
+        data * context * parallel.get("tensor", 1),
+        gradients_of_one_step,
+        context,
+        accumulation,
+        torch.float64,
+        parallel,
+        **train,
     ):
         assert result.labels == labels
         assert result.loss == pytest.approx(loss, rel=1e-6)

@@ -25,9 +25,10 @@ from fm_longctx.data import Batch
 from fm_longctx.train.config import Config
 from fm_longctx.train.engines.base import Engine
 from fm_longctx.train.engines.optimizer import make_optimizer
+from fm_longctx.train.engines.tensor_parallel import split
 from fm_longctx.train.engines.world import World
 from fm_longctx.train.model import LanguageModel, build, materialize
-from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss
+from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
 
 
 class FsdpEngine(Engine):
@@ -48,7 +49,11 @@ class FsdpEngine(Engine):
         if model is None:
             model = build(config.model, max_length=config.data.sequence_length, loss_chunk=config.train.loss_chunk)
         self.model, self.hf_config = model, model.causal_lm.config
-        shard(model, config, parameter_mesh(config, world))
+        mesh = rank_mesh(config, world)
+        if config.parallel.tensor > 1:
+            refuse_other_tasks(self.task, f"parallel.tensor={config.parallel.tensor}", "parallel.tensor to 1")
+            split(model, mesh["tensor"])
+        shard(model, config, _parameter_axes(mesh))
         # A checkpoint's weights need no other start, but the buffers and the storage do.
         materialize(model, config.model, device=world.device, seed=config.train.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -107,13 +112,20 @@ class FsdpEngine(Engine):
             yield name, whole.cpu() if self.world.rank == 0 else whole.new_empty(0, device="cpu")
 
 
+def rank_mesh(config: Config, world: World) -> DeviceMesh:
+    """The ranks as replicas x shards x tensor ranks; data and context ranks are the first two together."""
+    replicas, tensor = config.parallel.replicate, config.parallel.tensor
+    shape = (replicas, world.size // (replicas * tensor), tensor)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+
+
 def parameter_mesh(config: Config, world: World) -> DeviceMesh:
     """The ranks that parameters are sharded over, in a line; for HSDP (replicas, shards)."""
-    replicas = config.parallel.replicate
-    shards = world.dp_size * world.cp_size // replicas
-    if replicas == 1:
-        return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    return _parameter_axes(rank_mesh(config, world))
+
+
+def _parameter_axes(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
 
 
 def shard(model: LanguageModel, config: Config, mesh: DeviceMesh) -> None:

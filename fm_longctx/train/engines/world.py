@@ -33,6 +33,8 @@ class World:
     """Ranks that share a sequence."""
     cp_group: dist.ProcessGroup
     """These ranks."""
+    tp_size: int = 1
+    """Ranks that split heads."""
 
     @property
     def rank(self) -> int:
@@ -87,4 +89,5 @@ def mesh_world(config: Config, device: torch.device) -> World:
         cp_rank=mesh.get_local_rank("cp"),
         cp_size=shape[1],
         cp_group=mesh.get_group("cp"),
+        tp_size=shape[2],
     )
