@@ -13,9 +13,14 @@ from fm_longctx.train.config import OptimizerConfig
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device) -> Optimizer:
     """AdamW over those that train, with weight decay on matrices only."""
-    trained = [p for p in parameters if p.requires_grad]
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for p in parameters:
+        if p.requires_grad:
+            # A parameter that ZeRO-3 has cut is flat, and tells its shape.
+            (matrices if len(getattr(p, "ds_shape", p.shape)) >= 2 else others).append(p)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type == "cuda")
