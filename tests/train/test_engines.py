@@ -45,6 +45,12 @@ OF_LLAMA = {
     "megatron pp2": {"engine": "megatron", "pipeline": 2},
     "megatron cp2": {"engine": "megatron", "context": 2, "distributed_optimizer": True},
 }
+# On four.
+PRODUCTS = {
+    "fsdp tp2 cp2": {"tensor": 2, "context": 2},
+    "megatron tp2 cp2": {"engine": "megatron", "tensor": 2, "context": 2},
+    "megatron pp2 cp2": {"engine": "megatron", "pipeline": 2, "context": 2, "head_parallel": 2},
+}
 # Its queries and keys have norms; the embedding is the output projection.
 OF_QWEN3 = {
     "fsdp tp2": {"tensor": 2},
@@ -52,18 +58,24 @@ OF_QWEN3 = {
     "megatron tp2": {"engine": "megatron", "tensor": 2},
     "megatron pp2": {"engine": "megatron", "pipeline": 2},
 }
+IN_BFLOAT16 = {
+    "fsdp cp2": {"context": 2},
+    "fsdp tp2": {"tensor": 2},
+    "deepspeed 2": {"engine": "deepspeed", "context": 2, "zero_stage": 2},
+    "deepspeed 3": {"engine": "deepspeed", "context": 2, "zero_stage": 3},
+    "megatron tp2": {"engine": "megatron", "tensor": 2},
+}
 
 
-def config_of(model, parallel):
-    ranks = 1 if not parallel else 2
-    data = ParallelConfig(**parallel).data_ranks(ranks)
+def config_of(model, parallel, precision="float32"):
+    data = ParallelConfig(**parallel).data_ranks(dist.get_world_size())
     chunk = {} if parallel.get("context", 1) == 1 else {"chunk_size": 8}
     return Config(
         model=model,
         data=DataConfig(sequence_length=64),
         parallel=ParallelConfig(**parallel, **chunk),
         optimizer=OPTIMIZER,
-        train=TrainConfig(device="cpu", gradient_accumulation=2 // data, loss_chunk=7),
+        train=TrainConfig(device="cpu", gradient_accumulation=2 // data, loss_chunk=7, precision=precision),
     )
 
 
@@ -96,9 +108,9 @@ def go_on(engine, config, folder):
     return other
 
 
-def curve(model, parallel, folder):
+def curve(model, parallel, folder, precision="float32"):
     """On one rank: (loss, gradient norm, labels) of each step, and on rank 0 the weights after."""
-    config = config_of(model, parallel)
+    config = config_of(model, parallel, precision)
     with library(config.parallel.engine):
         world = start(config)
         engine = make_engine(config, world)
@@ -126,11 +138,11 @@ def curve(model, parallel, folder):
         return history, dict(engine.weights()) if world.rank == 0 else len(list(engine.weights()))
 
 
-def curves(model, cases, folder):
+def curves(model, cases, folder, precision="float32"):
     warnings.filterwarnings("ignore")
     # Megatron writes checkpoints from processes of its own, which a rank of the pool may not have.
     multiprocessing.current_process()._config["daemon"] = False
-    return {name: curve(model, parallel, folder) for name, parallel in cases.items()}
+    return {name: curve(model, parallel, folder, precision) for name, parallel in cases.items()}
 
 
 def expected(config):
@@ -206,14 +218,31 @@ SHARED = (
 
 
 def test_the_same_curve_whoever_trains(qwen3, tmp_path):
-    runs = [(LLAMA, 1, {"fsdp": {}}, None), (LLAMA, 2, OF_LLAMA, str(tmp_path)), (qwen3, 2, OF_QWEN3, None)]
+    runs = [
+        (LLAMA, 1, {"fsdp": {}}, None),
+        (LLAMA, 2, OF_LLAMA, str(tmp_path)),
+        (LLAMA, 4, PRODUCTS, None),
+        (qwen3, 2, OF_QWEN3, None),
+    ]
+    exact = {model: expected(model) for model in (LLAMA, qwen3)}
     for model, ranks, cases, folder in runs:
-        want = expected(model)
+        want = exact[model]
         first, *rest = run_ranks(ranks, curves, model, cases, folder, timeout=240)
         for name, got in first.items():
             check(got, want, name)
             # Every rank knows the result.
             assert all(other[name][0] == got[0] for other in rest), name
+
+
+def test_the_same_curve_in_bfloat16():
+    """Close to float32, and not float32."""
+    history, weights = expected(LLAMA)
+    for name, (mine, after) in run_ranks(2, curves, LLAMA, IN_BFLOAT16, None, "bfloat16", timeout=240)[0].items():
+        for got, exact in zip(mine, history, strict=True):
+            assert got == pytest.approx(exact, rel=5e-3), name
+            assert got[0] != pytest.approx(exact[0], rel=TOLERANCE), name
+        for key, exact in weights.items():
+            assert (after[key].float() - exact).abs().max() <= 0.01 * exact.abs().max(), f"{name}: {key}"
 
 
 def megatron_logits(model, tokens, positions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,11 +27,7 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 def have_transformer_engine() -> bool:
     """Whether Megatron's fused modules can be used; else its local ones."""
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("transformer_engine") is not None
 
 
 def check_model(hf_config: Any, config: Config) -> None:

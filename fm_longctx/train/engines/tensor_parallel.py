@@ -71,7 +71,7 @@ def split(model: LanguageModel, mesh: DeviceMesh) -> None:
 
 def _layer_plan() -> dict[str, ParallelStyle]:
     # One DTensor for several projections: its gradient is summed over the ranks once for all of them.
-    hidden = {"hidden_states": Replicate()}
+    hidden: dict[str, Placement] = {"hidden_states": Replicate()}
     return {
         "input_layernorm": _Whole(),
         "self_attn": PrepareModuleInput(input_kwarg_layouts=hidden, desired_input_kwarg_layouts=hidden),
