@@ -20,15 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
 
-from fm_longctx.train.model import LanguageModel
+from fm_longctx.train.engines import Engine
 
 FORMAT = 1
 
@@ -66,7 +59,7 @@ def shape_of(hf_config: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(shape)))
 
 
-def save(folder: Path, model: LanguageModel, optimizer: Optimizer, state: RunState, *, keep: int) -> Path:
+def save(folder: Path, engine: Engine, state: RunState, *, keep: int) -> Path:
     """Write `folder/step_...`, point `latest` at it and delete all but the newest `keep`. Called by every rank."""
     place = folder / f"step_{state.step:08d}"
     partial = place.with_suffix(".partial")
@@ -75,7 +68,8 @@ def save(folder: Path, model: LanguageModel, optimizer: Optimizer, state: RunSta
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(model, optimizer) | _random_state(), checkpoint_id=partial)
+    dcp.save(engine.state_dict() | _random_state(), checkpoint_id=partial)
+    engine.save(partial)
     if dist.get_rank() == 0:
         content = {"format": FORMAT, **vars(state)}
         (partial / "run.json").write_text(json.dumps(content, indent=1))
@@ -132,34 +126,26 @@ def inspect(path: Path, hf_config: Any) -> RunState:
     return state
 
 
-def load(path: Path, model: LanguageModel, optimizer: Optimizer, state: RunState) -> None:
+def load(path: Path, engine: Engine, state: RunState) -> None:
     """Load tensors in place, and each rank's random state if as many ranks wrote it. Called by every rank.
 
     Raises:
         ValueError: the checkpoint lacks a tensor of this model or optimizer.
     """
-    wanted = _tensors(model, optimizer)
+    wanted = engine.state_dict()
     known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     missing = [name for name in _flat_names(wanted) if name not in known]
     if missing:
         raise ValueError(f"the checkpoint {path} lacks {len(missing)} entries, among them {missing[:3]}.")
     random = _random_state() if state.ranks == dist.get_world_size() else {}
     dcp.load(wanted | random, checkpoint_id=path)
-    set_model_state_dict(model.causal_lm, wanted["model"])
-    set_optimizer_state_dict(model.causal_lm, optimizer, wanted["optimizer"])
+    engine.load_state_dict(wanted)
+    engine.load(path)
     for name, value in random.items():
         if name.endswith("cuda"):
             torch.cuda.set_rng_state(value)
         else:
             torch.set_rng_state(value)
-
-
-def _tensors(model: LanguageModel, optimizer: Optimizer) -> dict[str, Any]:
-    causal_lm = model.causal_lm
-    return {
-        "model": get_model_state_dict(causal_lm),
-        "optimizer": get_optimizer_state_dict(causal_lm, optimizer),
-    }
 
 
 def _random_state() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fm_longctx.data import ByteTokenizer, Loader, PackedStream, TextFiles
 from fm_longctx.train.config import Config, DataConfig
-from fm_longctx.train.engine import World
+from fm_longctx.train.engines.world import World
 
 
 def documents(config: DataConfig) -> TextFiles:

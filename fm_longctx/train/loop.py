@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
 
 from fm_longctx.data import Batch
-from fm_longctx.train import checkpoint, engine
+from fm_longctx.train import checkpoint
 from fm_longctx.train.config import Config
-from fm_longctx.train.engine import World
+from fm_longctx.train.engines import Engine, World, make_engine, start
 from fm_longctx.train.inputs import make_loader
 from fm_longctx.train.metrics import Reporter, StepMetrics
-from fm_longctx.train.model import LanguageModel, build, materialize
 from fm_longctx.train.schedule import learning_rate_factor
 from fm_longctx.train.start import Resume, open_folder
 from fm_longctx.train.step import StepResult, train_step
@@ -24,29 +22,25 @@ from fm_longctx.train.step import StepResult, train_step
 
 def run(config: Config, resume: Resume | None) -> None:
     """Train, on this rank of however many there are. `resume` is what `prepare` returned."""
-    world = engine.start(config)
+    world = start(config)
     folder = Path(config.train.folder)
     if world.rank == 0:
         open_folder(folder, config)
     dist.barrier()
 
-    model = build(config.model, max_length=config.data.sequence_length, loss_chunk=config.train.loss_chunk)
-    engine.shard(model, config, world.shard_mesh)
-    # A checkpoint's weights need no other start, but the buffers and the storage do.
-    materialize(model, config.model, device=world.device, seed=config.train.seed)
-    optimizer = engine.make_optimizer(model, config.optimizer, world.device)
+    engine = make_engine(config, world)
     loader = make_loader(config, world)
 
     step = 0
     if resume is not None:
-        checkpoint.load(resume.path, model, optimizer, resume.state)
+        checkpoint.load(resume.path, engine, resume.state)
         loader.load_state_dict(resume.state.data)
         step = resume.state.step
 
     end = min(config.train.steps, config.train.stop_at or config.train.steps)
     reporter = Reporter(folder, start=step, steps=end, log_every=config.train.log_every, rank=world.rank)
     with reporter:
-        reporter.say(_headline(config, model, world, resume))
+        reporter.say(_headline(config, engine, resume))
         try:
             while step < end:
                 began = time.perf_counter()
@@ -54,35 +48,33 @@ def run(config: Config, resume: Resume | None) -> None:
                 if step == 0:
                     _draw_mask(folder, batches[0], world)
                 factor = learning_rate_factor(step, config.train.steps, config.schedule)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.optimizer.lr * factor
-                result = train_step(model, optimizer, batches, world, clip_norm=config.optimizer.clip_norm)
+                lr = config.optimizer.lr * factor
+                engine.set_lr(lr)
+                result = train_step(engine, batches)
                 step += 1
-                reporter.step(_metrics(step, result, batches, world, optimizer, time.perf_counter() - began))
+                reporter.step(_metrics(step, result, batches, world, lr, time.perf_counter() - began))
                 due = config.checkpoint.every is not None and step % config.checkpoint.every == 0
                 if due or (step == end and (config.checkpoint.at_end or end < config.train.steps)):
                     state = checkpoint.RunState(
                         step=step,
                         data=loader.state_dict(),
-                        model=checkpoint.shape_of(model.causal_lm.config),
+                        model=checkpoint.shape_of(engine.hf_config),
                         ranks=world.size,
                     )
-                    place = checkpoint.save(
-                        folder / "checkpoints", model, optimizer, state, keep=config.checkpoint.keep
-                    )
+                    place = checkpoint.save(folder / "checkpoints", engine, state, keep=config.checkpoint.keep)
                     reporter.say(f"step {step}: checkpoint {place}")
         finally:
             loader.close()
 
 
 def _metrics(
-    step: int, result: StepResult, batches: Sequence[Batch], world: World, optimizer: Optimizer, seconds: float
+    step: int, result: StepResult, batches: Sequence[Batch], world: World, lr: float, seconds: float
 ) -> StepMetrics:
-    # Context ranks report the same batch, so it counts cp_size times in every sum; the ratios do not mind.
+    # Ranks that share a batch all report it, so it counts that often in every sum; the ratios do not mind.
     own = [
         sum(b.visible_area for b in batches),
         sum(b.num_scores for b in batches),
-        sum(b.num_tokens for b in batches) / world.cp_size,
+        sum(b.num_tokens for b in batches) / (world.size // world.dp_size),
         sum(b.plan.imbalance for b in batches) / (len(batches) * world.size),
         sum(b.plan.received_fraction for b in batches) / (len(batches) * world.size),
     ]
@@ -96,7 +88,7 @@ def _metrics(
         tokens_per_second=tokens / seconds,
         visible_fraction=area / scores,
         grad_norm=result.grad_norm,
-        lr=optimizer.param_groups[0]["lr"],
+        lr=lr,
         imbalance=imbalance,
         received_fraction=received,
         labels=result.labels,
@@ -114,10 +106,12 @@ def _draw_mask(folder: Path, batch: Batch, world: World) -> None:
         batch.mask.draw(folder / "mask.png", rank_of_row=owner)
 
 
-def _headline(config: Config, model: LanguageModel, world: World, resume: Resume | None) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
+def _headline(config: Config, engine: Engine, resume: Resume | None) -> str:
+    world, parallel = engine.world, config.parallel
+    ways = [f"data {world.dp_size}", f"context {world.cp_size}"]
+    ways += [f"{kind} {ranks}" for kind in ("tensor", "pipeline") if (ranks := getattr(parallel, kind)) > 1]
     text = (
-        f"{parameters:,} parameters on {world.size} {world.device.type} rank(s): data {world.dp_size} x context "
-        f"{world.cp_size}; {config.data.sequence_length:,} tokens a sequence; {config.train.folder}"
+        f"{engine.num_parameters:,} parameters on {world.size} {world.device.type} rank(s): {' x '.join(ways)}, "
+        f"{engine.name}; {config.data.sequence_length:,} tokens a sequence; {config.train.folder}"
     )
     return text if resume is None else f"{text}\nresuming from {resume.path} at step {resume.state.step}"

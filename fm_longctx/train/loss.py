@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from fm_longctx.data.packing import IGNORED
 
@@ -26,7 +28,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chu
 
     Args:
         hidden: `[..., C]`.
-        weight: `[V, C]`, the output projection, of hidden's dtype.
+        weight: `[V, C]`, the output projection, of hidden's dtype. As a DTensor, its rows are split over tensor ranks,
+            which all hold the same hidden and labels: a collective, and each returns the whole sum.
         labels: int64, hidden's shape without C; -100 where nothing is predicted.
         chunk: tokens at a time, at least 1.
 
@@ -48,13 +51,34 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chu
         raise ValueError(f"labels must be int64, got {labels.dtype}.")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk)
+    group, first = None, 0
+    if isinstance(weight, DTensor):
+        group, first, weight = _own_rows(weight)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk, group, first)
     return loss
+
+
+def _own_rows(weight: DTensor) -> tuple[dist.ProcessGroup, int, Tensor]:
+    """The tensor ranks, the first row of this one and its rows, equally many on each."""
+    if tuple(weight.placements) != (Shard(0),):
+        raise ValueError(
+            f"a weight that is a DTensor must be split by rows over one mesh axis, got {weight.placements}."
+        )
+    local: Tensor = weight.to_local()
+    return weight.device_mesh.get_group(), weight.device_mesh.get_local_rank() * local.shape[0], local
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        group: dist.ProcessGroup | None,
+        first: int,
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -64,33 +88,49 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             h, target = hidden[part], labels[part]
             counted = target != IGNORED
-            index = torch.where(counted, target, 0)[:, None]
+            # Whose logit this rank has: all of them, unless the vocabulary is split.
+            mine = counted & (target >= first) & (target < first + weight.shape[0])
+            index = torch.where(mine, target - first, 0)[:, None]
             logits = _product(h, weight.t())  # [chunk, V]
             lse = logits.logsumexp(-1)
-            total += torch.where(counted, lse - logits.gather(-1, index)[:, 0], 0).sum()
+            of_label = torch.where(mine, logits.gather(-1, index)[:, 0], 0)
+            if group is not None:
+                lse, of_label = _joined(lse, of_label, group)
+            total += torch.where(counted, lse - of_label, 0).sum()
             if not (need_hidden or need_weight):
                 continue
             # d loss / d logits = softmax - onehot(label), written over the logits.
             d_logits = logits.sub_(lse[:, None]).exp_()
-            d_logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=wide))
+            d_logits.scatter_add_(-1, index, -mine[:, None].to(wide))
             d_logits.mul_(counted[:, None])
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[part])
             if d_weight is not None:
                 d_weight += _product(d_logits.t(), h)
+        if group is not None and d_hidden is not None:
+            dist.all_reduce(d_hidden, group=group)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = (d_hidden * d_total).to(ctx.dtypes[0])
         if d_weight is not None:
             d_weight = (d_weight * d_total).to(ctx.dtypes[1])
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _joined(lse: Tensor, of_label: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Over the whole vocabulary, from each tensor rank's own part, `[chunk]` each."""
+    own = torch.stack([lse, of_label])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    everyone = torch.stack(parts)
+    return everyone[:, 0].logsumexp(0), everyone[:, 1].sum(0)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,30 @@ def materialize(model: LanguageModel, config: ModelConfig, *, device: torch.devi
     model.to_empty(device=device)
     # to_empty makes one parameter of each use of a tied one.
     causal_lm.tie_weights()
-    _rebuild_buffers(causal_lm, device)
-    source = _from_folder(Path(config.path).expanduser()) if config.path is not None else None
-    spread = causal_lm.config.initializer_range
+    rebuild_buffers(causal_lm, device)
+    first = first_weights(causal_lm, config, device=device, seed=seed)
     for name, parameter in causal_lm.named_parameters():
-        if source is not None:
-            whole = source(name, parameter.shape).to(device, parameter.dtype)
-        else:
-            whole = _initial(name, parameter, spread, device=device, seed=seed)
+        whole = first(name, parameter)
         if isinstance(parameter, DTensor):
             # Every rank holds the whole already: cut, do not send.
             whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(whole)
+
+
+def first_weights(
+    causal_lm: Any, config: ModelConfig, *, device: torch.device, seed: int
+) -> Callable[[str, Tensor], Tensor]:
+    """A function that gives a parameter's whole first value, from its name in `causal_lm` and the parameter."""
+    source = _from_folder(Path(config.path).expanduser()) if config.path is not None else None
+    spread = causal_lm.config.initializer_range
+
+    def first(name: str, parameter: Tensor) -> Tensor:
+        if source is not None:
+            whole: Tensor = source(name, parameter.shape)
+            return whole.to(device, parameter.dtype)
+        return _initial(name, parameter, spread, device=device, seed=seed)
+
+    return first
 
 
 def _initial(name: str, parameter: Tensor, spread: float, *, device: torch.device, seed: int) -> Tensor:
@@ -138,7 +151,7 @@ def _initial(name: str, parameter: Tensor, spread: float, *, device: torch.devic
     return whole.normal_(0.0, spread, generator=generator)
 
 
-def _rebuild_buffers(causal_lm: nn.Module, device: torch.device) -> None:
+def rebuild_buffers(causal_lm: nn.Module, device: torch.device) -> None:
     """Rotary frequencies are in no checkpoint, and after `to_empty` they are whatever was in memory: make them anew."""
     for name, module in causal_lm.named_modules():
         if not module._buffers:

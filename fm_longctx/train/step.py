@@ -1,22 +1,21 @@
-"""One optimizer step over a rank's micro-batches."""
+"""One optimizer step: its loss, what it is averaged over, and what it found."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch import Tensor
 
 from fm_longctx import ContextParallel
 from fm_longctx.data import IGNORED, Batch
-from fm_longctx.train.engine import World
-from fm_longctx.train.model import LanguageModel
+
+if TYPE_CHECKING:
+    from fm_longctx.train.engines import Engine, World
 
 
 class TrainingError(RuntimeError):
@@ -35,46 +34,98 @@ class StepResult:
     """Over all ranks and micro-batches."""
 
 
-def train_step(
-    model: LanguageModel, optimizer: Optimizer, batches: Sequence[Batch], world: World, *, clip_norm: float | None
-) -> StepResult:
-    """One optimizer step over this rank's micro-batches.
+class Task(Protocol):
+    """What the model is trained to do: the loss of a micro-batch, as a sum and what it is to be divided by.
 
-    Every label of the step weighs the same, whatever rank and micro-batch it is in: the labels are counted
-    over all of them before the first backward, each local sum is divided by that count, and multiplied by the number of
-    ranks because the engine averages gradients over them.
+    Over the data and context ranks and the micro-batches of a step both are added up, and the step's loss is the
+    quotient; so a rank gives its own share of each, and ranks may have unequal shares.
+    """
+
+    def count(self, batch: Batch) -> int:
+        """This rank's share of what the loss is a mean over: its labels, or its pairs. Known before the forward."""
+
+    def loss(self, model: Any, batch: Batch, mask: dict[str, Any]) -> Tensor:
+        """This rank's share of the sum of losses, a scalar with a gradient.
+
+        Args:
+            model: called as `LanguageModel` is, `model(tokens, labels, positions, **mask)`; sharded or wrapped.
+            batch: on the device.
+            mask: `mask_keyword`'s: `flashmask=`, or `context=` with the group of ranks that share the sequences.
+        """
+
+
+class NextToken:
+    """Every label is predicted from the tokens before it; pretraining, and fine-tuning on chosen labels."""
+
+    def count(self, batch: Batch) -> int:
+        return int((batch.labels != IGNORED).sum())
+
+    def loss(self, model: Any, batch: Batch, mask: dict[str, Any]) -> Tensor:
+        total: Tensor = model(batch.tokens, batch.labels, batch.positions, **mask)
+        return total
+
+
+def refuse_other_tasks(task: Task, what: str, remedy: str) -> None:
+    """Raise a ValueError for a task that reads the model in a way of its own, where only next tokens were seen to work.
+
+    Args:
+        what, remedy: which option is in the way, and what to set instead.
+    """
+    if not isinstance(task, NextToken):
+        raise ValueError(
+            f"{what} predicts next tokens, and cannot train the task {type(task).__name__}. Set {remedy}, or "
+            "task.kind to pretrain or sft."
+        )
+
+
+def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
+    """One optimizer step over this rank's micro-batches.
 
     Raises:
         TrainingError: the gradient is not finite; on every rank, before the optimizer has moved.
     """
-    count = torch.tensor([sum(int((b.labels != IGNORED).sum()) for b in batches)], device=world.device)
-    dist.all_reduce(count)
-    labels = int(count)
-    if labels == 0:
-        raise TrainingError("no token of this step has anything to predict: all its documents have one token.")
-
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in batches:
-        here = batch.to(world.device)
-        loss_sum = model(here.tokens, here.labels, here.positions, **mask_keyword(here, world))
-        (loss_sum * (world.size / labels)).backward()
-        total += loss_sum.detach()
-    dist.all_reduce(total)
-
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip_norm is None else clip_norm)
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(grad_norm):
+    result = engine.gradients(batches)
+    if not math.isfinite(result.grad_norm):
+        engine.discard()
         raise TrainingError(
-            f"the gradient norm is {grad_norm} (loss {float(total) / labels:.4f}); the weights are the "
-            "previous step's. Lower optimizer.lr, lengthen schedule.warmup_steps, or resume from the last checkpoint."
+            f"the gradient norm is {result.grad_norm} (loss {result.loss:.4f}); the weights are the previous step's. "
+            "Lower optimizer.lr, lengthen schedule.warmup_steps, or resume from the last checkpoint."
         )
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(loss=float(total) / labels, grad_norm=grad_norm, labels=labels)
+    engine.update()
+    return result
+
+
+def count_labels(task: Task, batches: Sequence[Batch], world: World) -> int:
+    """What the step's loss is a mean over, added up over all data and context ranks. A collective.
+
+    Raises:
+        TrainingError: it is 0.
+    """
+    count = torch.tensor([sum(task.count(batch) for batch in batches)], device=world.device)
+    dist.all_reduce(count)
+    if not int(count):
+        raise TrainingError("no token of this step has anything to predict: all its documents have one token.")
+    return int(count) // world.copies
+
+
+def mean_loss(total: Tensor, labels: int, world: World) -> float:
+    """The step's loss from this rank's sum, float64; it is overwritten. A collective."""
+    dist.all_reduce(total)
+    return float(total) / (labels * world.copies)
+
+
+def check_mask_heads(batch: Batch, world: World) -> None:
+    """Raise a ValueError for a mask of several heads where tensor ranks have heads of their own."""
+    if world.tp_size > 1 and batch.mask.heads > 1:
+        raise ValueError(
+            f"parallel.tensor={world.tp_size} gives each rank some of the heads, and this batch's mask has "
+            f"{batch.mask.heads} heads. Set parallel.tensor to 1 for such masks."
+        )
 
 
 def mask_keyword(batch: Batch, world: World) -> dict[str, Any]:
     """How the batch's mask is handed to the model: itself, or under a context where sequences are sharded."""
+    check_mask_heads(batch, world)
     if world.cp_size == 1:
         return {"flashmask": batch.mask}
     return {"context": ContextParallel(world.cp_group, batch.local, device=world.device)}

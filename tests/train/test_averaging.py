@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from fm_longctx.data import IGNORED, Loader
-from fm_longctx.train import engine
-from fm_longctx.train.config import Config, ParallelConfig, TrainConfig
-from fm_longctx.train.model import build, materialize
+from fm_longctx.train.config import Config, OptimizerConfig, ParallelConfig, TrainConfig
+from fm_longctx.train.engines import start
+from fm_longctx.train.engines.fsdp import FsdpEngine
+from fm_longctx.train.model import build
 from fm_longctx.train.step import TrainingError, train_step
 from tests.distributed import run_ranks
 from tests.train.tiny import CONFIG, MadeUpStream, tiny_model
@@ -24,12 +25,13 @@ def gradients_of_one_step(context, accumulation, dtype, parallel, **train):
     config = Config(
         model=CONFIG,
         parallel=ParallelConfig(context=context, **parallel),
+        optimizer=OptimizerConfig(clip_norm=None),
         train=TrainConfig(device="cpu", gradient_accumulation=accumulation, **train),
     )
-    world = engine.start(config)
+    world = start(config)
     model = build(config.model, max_length=63, loss_chunk=7, dtype=dtype)
-    engine.shard(model, config, world.shard_mesh)
-    materialize(model, config.model, device=world.device, seed=0)
+    engine = FsdpEngine(config, world, model=model)
+    engine.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     loader = Loader(
         MadeUpStream(LENGTHS),
         dp_rank=world.dp_rank,
@@ -41,7 +43,7 @@ def gradients_of_one_step(context, accumulation, dtype, parallel, **train):
     batches = [next(loader) for _ in range(accumulation)]
     loader.close()
     before = {n: p.detach().full_tensor().clone() for n, p in model.named_parameters()}
-    result = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), batches, world, clip_norm=None)
+    result = train_step(engine, batches)
     change = {n: before[n] - p.detach().full_tensor() for n, p in model.named_parameters()}
     return result, change
 
@@ -83,12 +85,20 @@ def reference():
         (1, 2, 6, CHUNKS, {}),
         (1, 3, 6, {"strategy": "zigzag", "stages": 3}, {"activation_checkpointing": "full"}),
         (2, 2, 3, CHUNKS | {"head_parallel": 2}, {}),
+        (2, 2, 3, CHUNKS | {"replicate": 2}, {}),
+        (1, 1, 6, {"tensor": 2}, {"activation_checkpointing": "full"}),
     ],
 )
 def test_gradients_equal_one_process(reference, data, context, accumulation, parallel, train):
     loss, labels, want = reference
     for result, change in run_ranks(
-        data * context, gradients_of_one_step, context, accumulation, torch.float64, parallel, **train
+        data * context * parallel.get("tensor", 1),
+        gradients_of_one_step,
+        context,
+        accumulation,
+        torch.float64,
+        parallel,
+        **train,
     ):
         assert result.labels == labels
         assert result.loss == pytest.approx(loss, rel=1e-6)
@@ -115,10 +125,9 @@ def test_bfloat16_weights_and_float32_sums():
 
 def step_with_a_bad_weight():
     config = Config(model=CONFIG, train=TrainConfig(device="cpu"))
-    world = engine.start(config)
-    model = build(config.model, max_length=63)
-    engine.shard(model, config, world.shard_mesh)
-    materialize(model, config.model, device=world.device, seed=0)
+    world = start(config)
+    engine = FsdpEngine(config, world)
+    model = engine.model
     weights = dict(model.named_parameters())["causal_lm.model.norm.weight"]
     with torch.no_grad():
         # On one rank's shard only.
@@ -128,7 +137,7 @@ def step_with_a_bad_weight():
     loader.close()
     before = [p.detach().to_local().clone() for p in model.parameters()]
     try:
-        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], world, clip_norm=1.0)
+        train_step(engine, [batch])
     except TrainingError as error:
         same = all(
             torch.equal(

@@ -107,11 +107,11 @@ import sys
 
 import torch.distributed as dist
 
-from fm_longctx.train import cli, engine, loop, step
+from fm_longctx.train import cli, engines, loop, step
 
 
 def run(config, resume):
-    world = engine.start(config)
+    world = engines.start(config)
     if world.rank == 1:
         raise step.TrainingError("the second rank gives up")
     dist.barrier()

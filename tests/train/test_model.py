@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from fm_longctx import ContextParallel, FlashMask, ShardPlan
-from fm_longctx.train import engine
+from fm_longctx.train import engines
 from fm_longctx.train.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from fm_longctx.train.config_load import load
-from fm_longctx.train.model import build, materialize
+from fm_longctx.train.model import build
 from tests.distributed import run_ranks
 from tests.train.tiny import CONFIG, MadeUpStream, tiny_model
 
@@ -130,10 +130,7 @@ def sharded_start(path):
         train=TrainConfig(device="cpu"),
         parallel=ParallelConfig(context=1),
     )
-    world = engine.start(config)
-    model = build(config.model, max_length=256)
-    engine.shard(model, config, world.shard_mesh)
-    materialize(model, config.model, device=world.device, seed=0)
+    model = engines.make_engine(config, engines.start(config)).model
     assert model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
     return {name: p.detach().full_tensor() for name, p in model.named_parameters()}
 

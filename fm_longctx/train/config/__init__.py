@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fm_longctx.train.config.data import DataConfig
+from fm_longctx.train.config.engine import check_engine
 from fm_longctx.train.config.model import ModelConfig
 from fm_longctx.train.config.optimization import OptimizerConfig, ScheduleConfig
 from fm_longctx.train.config.parallel import ParallelConfig
@@ -50,6 +51,7 @@ class Config:
                 f"data.sequence_length={self.data.sequence_length} leaves some of the {self.parallel.context} context "
                 "ranks without a token."
             )
+        check_engine(self.parallel, self.train)
 
     def check_world(self, ranks: int) -> None:
         """Raise a ValueError unless this config can run on so many ranks and find its files. Needs no group."""
