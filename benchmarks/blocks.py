@@ -98,7 +98,7 @@ class Setting:
         work = {"forward": 1, "query": 1.5, "key": 2}[kernel]
         self.flops = work * 2 * 2 * d * heads * int(self.mask.area().sum())
         self.scale = 1 / math.sqrt(d)
-        self.default = portable.choose(torch.cuda.get_device_capability(), 2, d)
+        self.default = portable.choose(torch.cuda.get_device_capability(), 2, d, self.mask.num_intervals)
         if kernel != "forward":
             out, self.lse = self.run(self.default.forward, "forward")
             self.delta = portable.compute_delta(out, self.dout, None)

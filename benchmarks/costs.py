@@ -56,7 +56,7 @@ def memory(cell: Cell, peers: Sequence[Peer], device: str) -> Iterator[dict[str,
                 inputs = make_inputs(cell, device)
                 if peer.name in OURS:
                     on_device = mask.case.mask.to(device)
-                    keys = _keys(peer.name, inputs, backward=True)
+                    keys = _keys(peer.name, inputs, on_device, backward=True)
                     row["schedule_bytes"] = schedule_bytes(on_device, keys)
                 if device != "cpu":
                     row |= {"workspace_bytes": _workspace(peer, inputs, cell), "measured": True}
@@ -80,7 +80,10 @@ def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> 
                 yield row | {"status": REFUSED, "note": reason}
                 continue
             inputs = Inputs(q, k, v, q)
-            for name, keys in (("forward", _keys(backend, inputs)), ("both", _keys(backend, inputs, backward=True))):
+            for name, keys in (
+                ("forward", _keys(backend, inputs, mask)),
+                ("both", _keys(backend, inputs, mask, backward=True)),
+            ):
                 timing = timer(partial(_rebuild, mask, keys))
                 row |= {f"{name}_schedule_ms": timing.ms, f"{name}_schedule_bytes": _rebuild(mask, keys)}
             with torch.no_grad():
@@ -91,12 +94,13 @@ def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> 
         yield row
 
 
-def _keys(backend: str, inputs: Inputs, *, backward: bool = False) -> list[Key]:
+def _keys(backend: str, inputs: Inputs, mask: FlashMask, *, backward: bool = False) -> list[Key]:
     """(block_m, block_n, by_row) of the schedules that the forward, or forward and backward, read."""
     module = load_backend(backend)
-    keys = list(module.schedules_needed(inputs.q, inputs.v, backward=False, deterministic=False))
+    q, v, intervals = inputs.q, inputs.v, mask.num_intervals
+    keys = list(module.schedules_needed(q, v, intervals, backward=False, deterministic=False))
     if backward:
-        needed = module.schedules_needed(inputs.q, inputs.v, backward=True, deterministic=False)
+        needed = module.schedules_needed(q, v, intervals, backward=True, deterministic=False)
         keys += [key for key in needed if key not in keys]
     return keys
 

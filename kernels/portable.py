@@ -43,9 +43,11 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
     return None
 
 
-def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
+def schedules_needed(
+    q: Tensor, v: Tensor, intervals: int, *, backward: bool, deterministic: bool
+) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
-    blocks = _blocks(q, v)
+    blocks = _blocks(q, v, intervals)
     if not backward:
         return [(blocks.forward.m, blocks.forward.n, True)]
     return [(blocks.query.m, blocks.query.n, True), (blocks.key.m, blocks.key.n, False)]
@@ -68,7 +70,7 @@ def forward(
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-    block = _blocks(q, v).forward
+    block = _blocks(q, v, mask.num_intervals).forward
     runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
         forward_kernel[(runs.order.shape[1], h, b)](
@@ -80,7 +82,7 @@ def forward(
             runs.bounds,
             runs.runs,
             runs.first,
-            runs.count,
+            runs.run_count,
             runs.order,
             *_strides(q, k, v, out),
             *runs.bounds.stride()[:2],
@@ -136,7 +138,7 @@ def query_gradient(
     if q.numel() == 0 or k.shape[1] == 0:
         return dq.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    block = _blocks(q, v).query
+    block = _blocks(q, v, mask.num_intervals).query
     runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
         backward_q_kernel[(runs.order.shape[1], q.shape[2], q.shape[0])](
@@ -150,7 +152,7 @@ def query_gradient(
             runs.bounds,
             runs.runs,
             runs.first,
-            runs.count,
+            runs.run_count,
             runs.order,
             *_strides(q, k, v, dout, dq),
             *runs.bounds.stride()[:2],
@@ -185,7 +187,7 @@ def key_gradients(
     if q.numel() == 0 or k.shape[1] == 0:
         return dk.zero_(), dv.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    block = _blocks(q, v).key
+    block = _blocks(q, v, mask.num_intervals).key
     runs = tile_runs(mask, block.m, block.n, by_row=False)
     with torch.cuda.device_of(q):
         backward_kv_kernel[(runs.order.shape[1], k.shape[2], k.shape[0])](
@@ -199,7 +201,7 @@ def key_gradients(
             runs.bounds,
             runs.runs,
             runs.first,
-            runs.count,
+            runs.run_count,
             runs.order,
             *_strides(q, k, v, dout, dk, dv),
             *runs.bounds.stride()[:2],
@@ -216,9 +218,9 @@ def key_gradients(
     return dk, dv
 
 
-def _blocks(q: Tensor, v: Tensor) -> Blocks:
+def _blocks(q: Tensor, v: Tensor, intervals: int) -> Blocks:
     capability = None if _INTERPRETED else torch.cuda.get_device_capability(q.device)
-    return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]))
+    return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]), intervals)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class TileRuns(NamedTuple):
     With n blocks, group g = b * H_mask + h and block i::
 
         run = first[g, i]
-        for r in range(run, run + count[g, i]):
+        for r in range(run, run + run_count[g, i]):
             for other_block in range(runs[r, 0] >> 1, runs[r, 1]): visit it; it is partial if runs[r, 0] & 1
 
     A kernel need look neither at the mask nor at the sequence's end in a full tile: the last column-block is always
@@ -45,7 +45,7 @@ class TileRuns(NamedTuple):
     """int32 `[room, 2]`: first tile << 1 | partial, and the tile after the last."""
     first: Tensor
     """int32 `[B * H_mask, n]`: the block's first run."""
-    count: Tensor
+    run_count: Tensor
     """int32 `[B * H_mask, n]`: the number of its runs."""
     tiles: Tensor
     """int32 `[B * H_mask, n]`: the number of tiles to visit."""

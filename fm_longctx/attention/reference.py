@@ -32,7 +32,9 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
     return None
 
 
-def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
+def schedules_needed(
+    q: Tensor, v: Tensor, intervals: int, *, backward: bool, deterministic: bool
+) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass reads."""
     return [(BLOCK_M, BLOCK_N, True)]
 

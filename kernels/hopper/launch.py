@@ -85,14 +85,16 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
     return None
 
 
-def schedules_needed(q: Tensor, v: Tensor, *, backward: bool, deterministic: bool) -> list[tuple[int, int, bool]]:
+def schedules_needed(
+    q: Tensor, v: Tensor, intervals: int, *, backward: bool, deterministic: bool
+) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
     d = q.shape[-1]
     by_row = (BLOCK_M, FORWARD[d].block_n, True)
     if not backward:
         return [by_row]
     if d not in BACKWARD:
-        return portable.schedules_needed(q, v, backward=True, deterministic=deterministic)
+        return portable.schedules_needed(q, v, intervals, backward=True, deterministic=deterministic)
     by_column = (BACKWARD[d].block_m, BLOCK_N, False)
     return [by_column] if _fused(q, v, deterministic) else [by_column, by_row]
 

@@ -118,7 +118,7 @@ def visit_every_tile(mask: FlashMask) -> None:
             mask.cache[key] = schedule._replace(
                 runs=runs,
                 first=first.view_as(schedule.first),
-                count=torch.ones_like(schedule.count),
+                run_count=torch.ones_like(schedule.run_count),
                 tiles=torch.full_like(schedule.tiles, others),
             )
 

@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def portable(kind: str, dtype: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
-    block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d), kind)
+    block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals), kind)
     constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
     constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN, UPCAST=False)
     options = dict(num_warps=block.warps, num_stages=block.stages)

@@ -19,7 +19,7 @@ def states_of(runs, others):
     states = torch.full((groups, blocks, others), SKIPPED)
     for group in range(groups):
         for block in range(blocks):
-            first, count = int(runs.first[group, block]), int(runs.count[group, block])
+            first, count = int(runs.first[group, block]), int(runs.run_count[group, block])
             last_end = -1
             for word, end in runs.runs[first : first + count].tolist():
                 begin, state = word >> 1, PARTIAL if word & 1 else FULL
