@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.context_parallel.stages import RankPlan
-from fm_longctx.data.packing import IGNORED, PackedStream
+from fm_longctx.data.sequence import IGNORED, PackedSequence, Stream
 from fm_longctx.mask import FlashMask
 
 
@@ -38,8 +38,12 @@ class Batch:
     """B x N."""
     visible_area: int
     """Unmasked scores of the B sequences, of one head."""
+    num_padding: int
+    """Tokens of the B sequences that only fill them."""
     sequences: tuple[int, ...]
     """Index of each sequence in the stream."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[B, T]` each: what else the stream gives for each token."""
 
     @property
     def num_scores(self) -> int:
@@ -54,6 +58,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             mask=self.mask.to(device),
+            extra={name: values.to(device, non_blocking=True) for name, values in self.extra.items()},
         )
 
 
@@ -74,7 +79,7 @@ class Loader(Iterator[Batch]):
 
     def __init__(
         self,
-        stream: PackedStream,
+        stream: Stream,
         *,
         batch_size: int = 1,
         dp_rank: int = 0,
@@ -107,22 +112,26 @@ class Loader(Iterator[Batch]):
         start = first + self.dp_rank * self.batch_size
         sequences = tuple(range(start, start + self.batch_size))
         packed = [self.stream.sequence(i) for i in sequences]
-        labels = torch.stack([p.labels for p in packed])
-        positions = torch.stack([p.positions for p in packed])
-        mask = FlashMask.from_position_ids(positions)
+        mask = FlashMask.stack([p.mask for p in packed])
         plan = ShardPlan.build(mask, self.cp_size, **self.plan_options)
         plan.received_fraction  # noqa: B018  (computed and kept here, ahead of the step that reports it)
+
+        def shard(get: Callable[[PackedSequence], Tensor]) -> Tensor:
+            return plan.shard(torch.stack([get(p) for p in packed]), self.cp_rank, 1)
+
         return Batch(
-            tokens=plan.shard(torch.stack([p.tokens for p in packed]), self.cp_rank, 1),
-            labels=plan.shard(labels, self.cp_rank, 1),
-            positions=plan.shard(positions, self.cp_rank, 1),
+            tokens=shard(lambda p: p.tokens),
+            labels=shard(lambda p: p.labels),
+            positions=shard(lambda p: p.positions),
             mask=mask,
             plan=plan,
             local=plan.local(self.cp_rank),
-            num_labels=int((labels != IGNORED).sum()),
-            num_tokens=labels.numel(),
-            visible_area=int(mask.area().sum()),
+            num_labels=sum(int((p.labels != IGNORED).sum()) for p in packed),
+            num_tokens=self.batch_size * self.stream.sequence_length,
+            visible_area=int(mask.area().sum()) // mask.heads,
+            num_padding=sum(p.num_padding for p in packed),
             sequences=sequences,
+            extra={name: shard(lambda p, name=name: p.extra[name]) for name in packed[0].extra},
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from fm_longctx.data.sequence import PackedSequence, assemble
 from fm_longctx.data.sources import TextFiles
 from fm_longctx.data.tokenizer import ByteTokenizer
-
-IGNORED = -100
-"""A label that is not predicted: the value that torch's cross-entropy ignores by default."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PackedSequence:
-    """One sequence of N tokens: whole documents and, at its two ends, pieces of them."""
-
-    tokens: Tensor
-    """int64 `[N]`."""
-    labels: Tensor
-    """int64 `[N]`: the next token of the same piece, `IGNORED` on a piece's last token."""
-    positions: Tensor
-    """int64 `[N]`: 0, 1, ... within each piece."""
-    lengths: tuple[int, ...]
-    """Tokens of each piece; their sum is N. Each is a document of its own to the mask."""
-
-
-def assemble(pieces: list[np.ndarray]) -> PackedSequence:
-    """Tokens of each piece, int64 `[n]`, side by side. Labels are shifted here, before anything is sharded."""
-    tokens = torch.from_numpy(np.concatenate(pieces))
-    lengths = tuple(len(piece) for piece in pieces)
-    labels = tokens.roll(-1)
-    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    return PackedSequence(tokens=tokens, labels=labels, positions=positions, lengths=lengths)
 
 
 class PackedStream:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fm_longctx.data import IGNORED, ByteTokenizer, PackedStream, TextFiles
-from fm_longctx.data.packing import assemble
+from fm_longctx.data import IGNORED, ByteTokenizer, PackedStream, TextFiles, assemble
 
 
 @pytest.fixture
