@@ -51,6 +51,11 @@ class TextFiles:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all documents."""
+        return sum(self.sizes)
+
     def read(self, index: int) -> bytes:
         """A document's bytes; a ValueError if the file no longer has the size it had at the start."""
         path = self.root / self.names[index]

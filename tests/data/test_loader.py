@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from fm_longctx.data import IGNORED, ByteTokenizer, Loader, PackedStream, TextFiles
+from fm_longctx.data import IGNORED, ByteTokenizer, Loader, PackedStream, TextFiles, TokenizedTexts
 
 
 @pytest.fixture
 def stream(tmp_path):
     for i, size in enumerate([5, 40, 7, 300, 3, 128, 64]):
         (tmp_path / f"{i}.txt").write_bytes(bytes((i * 31 + j) % 256 for j in range(size)))
-    return PackedStream(TextFiles.from_path(tmp_path), ByteTokenizer(), sequence_length=111, seed=3)
+    documents = TokenizedTexts(TextFiles.from_path(tmp_path), ByteTokenizer())
+    return PackedStream(documents, sequence_length=111, seed=3)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_resume_on_other_numbers_of_ranks(make):
 
 def test_state_of_other_data_is_refused(make, stream):
     state = make().state_dict()
-    other = Loader(PackedStream(stream.source, stream.tokenizer, sequence_length=112, seed=3))
+    other = Loader(PackedStream(stream.documents, sequence_length=112, seed=3))
     with pytest.raises(ValueError, match="belongs to other data"):
         other.load_state_dict(state)
     other.close()
@@ -100,7 +101,8 @@ def test_state_of_other_data_is_refused(make, stream):
 
 def test_an_error_in_the_thread_reaches_the_step(make, stream):
     loader = make()
-    (stream.source.root / stream.source.names[0]).unlink()
+    source = stream.documents.source
+    (source.root / source.names[0]).unlink()
     with pytest.raises(ValueError, match="cannot read document"):
         take(loader, 20)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fm_longctx.data import IGNORED, ByteTokenizer, PackedStream, TextFiles, assemble
+from fm_longctx.data import IGNORED, ByteTokenizer, PackedStream, TextFiles, TokenizedTexts, assemble
 
 
 @pytest.fixture
@@ -16,8 +16,9 @@ def texts(tmp_path):
     return tmp_path, sizes
 
 
-def stream_of(texts, length=111, seed=3):
-    return PackedStream(TextFiles.from_path(texts[0]), ByteTokenizer(), sequence_length=length, seed=seed)
+def stream_of(texts, length=111, seed=3, **options):
+    documents = TokenizedTexts(TextFiles.from_path(texts[0]), ByteTokenizer())
+    return PackedStream(documents, sequence_length=length, seed=seed, **options)
 
 
 def test_assemble():
@@ -71,7 +72,7 @@ def test_labels_never_cross_documents(texts, length):
 
 def test_a_long_document_is_split_at_the_sequence_boundary(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(100)))
-    stream = PackedStream(TextFiles.from_path(tmp_path), ByteTokenizer(), sequence_length=40, seed=0)
+    stream = stream_of((tmp_path,), 40, 0)
     assert [stream.sequence(i).lengths for i in range(3)] == [(40,), (40,), (22, 18)]
     assert stream.sequence(1).tokens.tolist() == list(range(39, 79))
     assert stream.sequence(1).positions.tolist() == list(range(40))
