@@ -62,8 +62,10 @@ def prepare(open_source: Open, out: Path, *, workers: int = 1, replace: bool = F
             for first, last in ranges:
                 writer.add(_tokenize(source, tokenizer, first, last, writer.part(first), writer.dtype))
         else:
-            # Not forked: the parent has threads.
-            with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_open, initargs=(open_source,)) as pool:
+            # Not forked from here, where there are threads; from a server that has imported the package once for all.
+            context = get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(open_source,)) as pool:
                 jobs = [
                     pool.submit(_tokenize_opened, first, last, writer.part(first), writer.dtype)
                     for first, last in ranges

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from fm_longctx.data import IGNORED, ByteTokenizer, Loader, PackedStream, TextFiles, TokenizedTexts
+from fm_longctx.data import (
+    IGNORED,
+    ByteTokenizer,
+    Loader,
+    PackedSequence,
+    PackedStream,
+    TextFiles,
+    TokenizedTexts,
+)
+from fm_longctx.mask import builders
 
 
 @pytest.fixture
@@ -99,6 +108,66 @@ def test_state_of_other_data_is_refused(make, stream):
     other.close()
 
 
+class Answers:
+    """Sequences with masks of any kind and a value for each token: what tasks other than pretraining pack."""
+
+    sequence_length = 12
+
+    def sequence(self, index):
+        # Shared questions have one interval, windowed documents two, and the prefix mask is not causal.
+        mask = (
+            builders.shared_question([[3, 2, 2], [1, 4]]),
+            builders.causal_document([5, 7]) & builders.sliding_window(12, 3),
+            builders.prefix_lm_document([2, 10], [1, 4]),
+        )[index % 3]
+        tokens = torch.arange(12) + 100 * index
+        return PackedSequence(
+            tokens=tokens,
+            labels=tokens + 1,
+            positions=torch.arange(12),
+            mask=mask,
+            lengths=(12,),
+            extra={"weight": torch.linspace(0, index, 12)},
+        )
+
+    def fingerprint(self):
+        return "answers"
+
+
+def test_any_masks_and_further_values_share_a_batch():
+    stream = Answers()
+    whole = [stream.sequence(i) for i in range(3)]
+    loaders = [Loader(stream, batch_size=3, cp_rank=r, cp_size=2) for r in range(2)]
+    batches = [next(loader) for loader in loaders]
+    assert torch.equal(batches[0].mask.to_dense(), torch.cat([p.mask.to_dense() for p in whole]))
+    weights = batches[0].plan.unshard([b.extra["weight"] for b in batches], 1)
+    assert torch.equal(weights, torch.stack([p.extra["weight"] for p in whole]))
+    assert batches[0].visible_area == sum(int(p.mask.area()) for p in whole)
+    assert batches[0].to(torch.device("cpu")).extra.keys() == {"weight"}
+    for loader in loaders:
+        loader.close()
+
+
+def test_balance_counts_any_mask():
+    """A stream without areas is measured by its masks."""
+    loaders = [Loader(Answers(), dp_rank=r, dp_size=2, balance="area", lookahead=6) for r in range(2)]
+    for _ in range(3):
+        kinds = [next(loader).sequences[0] % 3 for loader in loaders]
+        assert kinds[0] == kinds[1]
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("workers, prefetch", [(1, 0), (3, 5)])
+def test_workers_and_prefetching_change_nothing(make, workers, prefetch):
+    options = {"batch_size": 2, "balance": "area", "lookahead": 8, "accumulation": 2}
+    want = take(make(**options), 9)
+    loader = make(workers=workers, prefetch=prefetch, **options)
+    for i, batch in enumerate(take(loader, 9)):
+        assert batch.sequences == want[i].sequences and torch.equal(batch.tokens, want[i].tokens)
+    assert len(loader._ahead) == prefetch
+
+
 def test_an_error_in_the_thread_reaches_the_step(make, stream):
     loader = make()
     source = stream.documents.source
@@ -112,3 +181,5 @@ def test_ranks_out_of_range(stream):
         Loader(stream, cp_rank=2, cp_size=2)
     with pytest.raises(ValueError, match="batch_size"):
         Loader(stream, batch_size=0)
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        Loader(stream, workers=0)
