@@ -42,15 +42,17 @@ class Concatenated:
         at, stop = index * self._length, (index + 1) * self._length
         pieces = []
         while at < stop:
-            epoch, within = divmod(at, self._epochs.num_tokens)
+            epoch, low = divmod(at, self._epochs.num_tokens)
             order, ends = self._epochs.order(epoch)
-            place = int(np.searchsorted(ends, within, side="right"))
-            document = int(order[place])
-            count = int(self._epochs.counts[document])
-            first = within - (int(ends[place]) - count)
-            last = min(first + stop - at, count)
-            pieces.append(Piece(document, first, last))
-            at += last - first
+            high = min(low + stop - at, self._epochs.num_tokens)
+            # The documents that have tokens in [low, high), each cut to it.
+            places = slice(int(np.searchsorted(ends, low, side="right")), int(np.searchsorted(ends, high)) + 1)
+            documents, last = order[places], ends[places]
+            first = last - self._epochs.counts[documents]
+            starts, stops = np.maximum(low, first) - first, np.minimum(high, last) - first
+            found = zip(documents.tolist(), starts.tolist(), stops.tolist(), strict=True)
+            pieces += [Piece(*piece) for piece in found if piece[1] < piece[2]]
+            at += high - low
         return pieces
 
     def bookmark(self, index: int) -> dict[str, Any]:
