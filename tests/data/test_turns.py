@@ -57,7 +57,9 @@ def test_going_on_anywhere_takes_every_sequence_once(before, after, lookahead, d
     new = Turns(Areas(), balance=balance, lookahead=lookahead if balance == "area" else None, **after)
     new.restore(old.state())
     assert first_needed(old.state()) == min(set(range(10_000)) - set(gone))
-    gone += flat(taken(new, 60))
+    later = taken(new, 60)
+    assert {(len(b), *map(len, b)) for b in later} == {(after["ranks"], *[after["batch_size"]] * after["ranks"])}
+    gone += flat(later)
     assert len(gone) == len(set(gone))
     # All but what the last window still holds.
     assert set(gone) | set(new.state()["pending"]) == set(range(new.state()["next_sequence"]))
