@@ -22,8 +22,14 @@ from fm_longctx.data import PackedStream
 from fm_longctx.data.turns import Turns
 
 WINDOWS = (4, 16, 64, 256)
-# (data ranks, micro-batches in a step, steps in the look-ahead); None: no balance.
-BALANCE = [(ranks, accumulation, steps) for ranks in (8, 32) for accumulation in (1, 4) for steps in (None, 1, 4, 16)]
+# (data ranks, micro-batches in a step, steps in the look-ahead); None: no balance. One sequence a rank is refused.
+BALANCE = [
+    (ranks, accumulation, steps)
+    for ranks in (8, 32)
+    for accumulation in (1, 4)
+    for steps in (None, 1, 4, 16)
+    if (accumulation, steps) != (1, 1)
+]
 
 
 class Counts:

@@ -84,6 +84,7 @@ class DatasetFeed:
         self.field, self._identity = field, identity
         self._dataset = dataset
         self._start = dataset.state_dict()
+        self._epoch, self._seen = 0, 0
         self.restore({"epoch": 0, "rows": 0, "dataset": None})
 
     @classmethod
@@ -151,7 +152,7 @@ def load(path: str | Path, *, format: str | None, split: str, streaming: bool) -
             cannot load it.
     """
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError as error:
         raise ValueError("data.source: datasets needs the datasets library: pip install datasets.") from error
     text = str(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.context_parallel.stages import RankPlan
-from fm_longctx.data.sequence import IGNORED, PackedSequence, Stream
+from fm_longctx.data.sequence import IGNORED, Stream
 from fm_longctx.data.turns import Balance, Turn, Turns, first_needed
 from fm_longctx.mask import FlashMask
 
@@ -162,13 +162,13 @@ class Loader(Iterator[Batch]):
         plan = ShardPlan.build(mask, self.cp_size, **self.plan_options)
         plan.received_fraction  # noqa: B018  (computed and kept here, ahead of the step that reports it)
 
-        def shard(get: Callable[[PackedSequence], Tensor]) -> Tensor:
-            return plan.shard(torch.stack([get(p) for p in packed]), self.cp_rank, 1)
+        def shard(values: list[Tensor]) -> Tensor:
+            return plan.shard(torch.stack(values), self.cp_rank, 1)
 
         return Batch(
-            tokens=shard(lambda p: p.tokens),
-            labels=shard(lambda p: p.labels),
-            positions=shard(lambda p: p.positions),
+            tokens=shard([p.tokens for p in packed]),
+            labels=shard([p.labels for p in packed]),
+            positions=shard([p.positions for p in packed]),
             mask=mask,
             plan=plan,
             local=plan.local(self.cp_rank),
@@ -177,7 +177,7 @@ class Loader(Iterator[Batch]):
             visible_area=int(mask.area().sum()) // mask.heads,
             num_padding=sum(p.num_padding for p in packed),
             sequences=sequences,
-            extra={name: shard(lambda p, name=name: p.extra[name]) for name in packed[0].extra},
+            extra={name: shard([p.extra[name] for p in packed]) for name in packed[0].extra},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,8 +212,8 @@ class Loader(Iterator[Batch]):
 
     def _drop(self) -> None:
         """Forget what was made ahead, when nothing is being made any more: a late reader would move the stream."""
-        for futures in self._ahead:
-            for future in futures:
-                future.cancel()
-        wait([future for futures in self._ahead for future in futures])
+        futures: list[Future[Any]] = [future for pair in self._ahead for future in pair]
+        for future in futures:
+            future.cancel()
+        wait(futures)
         self._ahead.clear()

@@ -149,7 +149,7 @@ class _Writer:
         return Prepared(
             prefix=self.out,
             documents=len(counts),
-            tokens=sidecar["tokens"],
+            tokens=int(counts.sum()),
             dtype=np.dtype(self.dtype).name,
             num_bytes=places["bin"].stat().st_size,
         )

@@ -98,7 +98,12 @@ class FeedStream:
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits of feed, tokenizer and packing."""
-        parts = (self.feed.fingerprint(), self.tokenizer.fingerprint(), self.sequence_length, self.packing)
+        parts: tuple[Any, ...] = (
+            self.feed.fingerprint(),
+            self.tokenizer.fingerprint(),
+            self.sequence_length,
+            self.packing,
+        )
         if self.packing == "best_fit":
             parts += (self.seed, self.window)
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

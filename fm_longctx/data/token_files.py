@@ -126,9 +126,9 @@ class _Part:
         # numpy maps no empty file.
         self.tokens = np.memmap(content, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
         self.sidecar = read_sidecar(prefix)
-        self.digest = hashlib.blake2b(repr((str(np.dtype(dtype)), size)).encode(), digest_size=16)
-        self.digest.update(self.counts.tobytes())
-        self.digest = self.digest.hexdigest()
+        digest = hashlib.blake2b(repr((str(np.dtype(dtype)), size)).encode(), digest_size=16)
+        digest.update(self.counts.tobytes())
+        self.digest = digest.hexdigest()
 
 
 def _read_index(path: Path) -> tuple[type, np.ndarray, np.ndarray, np.ndarray]:

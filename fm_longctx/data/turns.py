@@ -77,6 +77,11 @@ class Turns:
         step = group * accumulation
         self.window = -(-(lookahead or step) // step) * step if balance == "area" else group
         """Sequences that are planned together."""
+        if balance == "area" and ranks > 1 and batch_size == 1 and self.window == group:
+            raise ValueError(
+                f"balance: area has nothing to balance: a look-ahead of {self.window} is one sequence for each of the "
+                f"{ranks} data ranks. Set lookahead to several times that, or use more micro-batches a step."
+            )
         self._pending: list[int] = []
         self._next = 0
 

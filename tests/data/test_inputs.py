@@ -95,6 +95,7 @@ def test_a_bad_field_is_found_before_the_run(folder):
         ({"data.tokenizer": "bytes", "data.add_bos": False}, "bytes always have both"),
         ({"data.lookahead": 8}, "data.lookahead=8 is for data.balance: area"),
         ({"data.balance": "area", "data.lookahead": 0}, "data.lookahead must be at least 1"),
+        ({"data.balance": "area"}, "nothing to balance in a step of one sequence a rank. Set data.lookahead"),
         ({"data.window": 0}, "data.window must be at least 1"),
         ({"data.workers": 0}, "data.workers must be at least 1"),
         ({"data.prefetch": -1}, "data.prefetch must be at least 0"),

@@ -31,9 +31,10 @@ def flat(batches):
     return [index for batch in batches for rank in batch for index in rank]
 
 
+# One sequence a rank in a step has nothing to balance without a look-ahead, and is refused.
 numbers = st.fixed_dictionaries(
     {"ranks": st.integers(1, 4), "batch_size": st.integers(1, 3), "accumulation": st.integers(1, 3)}
-)
+).filter(lambda shape: shape["batch_size"] * shape["accumulation"] > 1)
 
 
 @settings(max_examples=examples(60))
@@ -139,6 +140,8 @@ def test_the_example_in_the_words():
         ({"balance": "size"}, "balance must be none or area, got 'size'"),
         ({"lookahead": 4}, "lookahead must be at least 1 and needs balance: area, got 4 with none"),
         ({"lookahead": 0, "balance": "area"}, "lookahead must be at least 1"),
+        ({"balance": "area"}, "nothing to balance: a look-ahead of 2 is one sequence for each of the 2 data ranks"),
+        ({"balance": "area", "lookahead": 2}, "nothing to balance"),
     ],
 )
 def test_what_is_refused(options, message):

@@ -47,6 +47,12 @@ class Config:
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps is {slopes}, more than train.steps={self.train.steps}."
             )
+        alone = self.data.lookahead is None and self.data.batch_size == self.train.gradient_accumulation == 1
+        if self.data.balance == "area" and alone:
+            raise ValueError(
+                "data.balance: area has nothing to balance in a step of one sequence a rank. Set data.lookahead to "
+                "several times the number of data ranks, or train.gradient_accumulation above 1."
+            )
         # Other tokenizers are asked when they are loaded.
         in_bytes = self.data.tokenizer == "bytes" and self.data.source != "tokens" and self.model.path is None
         if in_bytes and self.model.vocab_size < ByteTokenizer.vocab_size:
