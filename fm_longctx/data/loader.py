@@ -75,6 +75,15 @@ class Bookmarked(Protocol):
     def restore(self, bookmark: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class Releasing(Protocol):
+    """A stream that keeps sequences until they have had their turn."""
+
+    def release(self, index: int) -> None:
+        """No sequence before `index` will be asked for again."""
+        ...
+
+
 class Loader(Iterator[Batch]):
     """Endless, resumable batches for one rank. The next ones are made by threads while the current one trains.
 
@@ -140,6 +149,9 @@ class Loader(Iterator[Batch]):
         turn, batch = self._ahead.popleft()
         made = batch.result()
         self._state = turn.result().state
+        if isinstance(self.stream, Releasing):
+            # What is being made ahead is in the state too.
+            self.stream.release(first_needed(self._state))
         self._fill(self.prefetch)
         return made
 

@@ -49,8 +49,8 @@ class FeedStream:
 
     `concat` keeps the feed's order: sequence i is the tokens `[i * N, (i + 1) * N)`. `best_fit` reads documents of
     `window` sequences' worth at a time, fits them, and shuffles the sequences of the window. Sequences are made in
-    order and the last `keep` of them are kept; one from before those is an error. To go on elsewhere, restore a
-    bookmark: reading starts at most a window before the sequence, not at the feed's start.
+    order and kept until they are released; one from before those is an error. To go on elsewhere, restore a bookmark:
+    reading starts at most a window before the sequence, not at the feed's start.
 
     Args:
         feed: the texts.
@@ -58,7 +58,6 @@ class FeedStream:
         sequence_length: N, at least 2.
         seed: of the order of the sequences of a window.
         packing, window: as in `PackedStream`. A window's tokens are held in memory, 8 bytes each.
-        keep: sequences that may still be asked for after a later one was: look-ahead and prefetching, over all ranks.
     """
 
     def __init__(
@@ -70,15 +69,14 @@ class FeedStream:
         seed: int,
         packing: Packing = "concat",
         window: int = 64,
-        keep: int = 1,
     ) -> None:
         check_packing(sequence_length, packing, window)
         self.feed, self.tokenizer = feed, tokenizer
         self.sequence_length, self.seed = sequence_length, seed
-        self.packing, self.window, self.keep = packing, window, keep
+        self.packing, self.window = packing, window
         self._lock = Lock()
         self._windows: deque[_Window] = deque()
-        self._next, self._number = 0, 0
+        self._next, self._number, self._needed = 0, 0, 0
         # concat: what a sequence left of a document, where that document is in the feed, and how much of it is used.
         self._rest: np.ndarray | None = None
         self._rest_state: dict[str, Any] = {}
@@ -120,11 +118,17 @@ class FeedStream:
                 raise ValueError(self._gone(index))
             return self._here()
 
+    def release(self, index: int) -> None:
+        """No sequence before `index` will be asked for again."""
+        # Without the lock, which a thread may hold while it reads: the next window takes note.
+        self._needed = index
+
     def restore(self, bookmark: dict[str, Any]) -> None:
         """Go on where a bookmark says."""
         with self._lock:
             self._windows.clear()
-            self._next, self._number = int(bookmark["first"]), int(bookmark["window"])
+            self._next = self._needed = int(bookmark["first"])
+            self._number = int(bookmark["window"])
             self.feed.restore(bookmark["feed"])
             self._rest, self._used = None, 0
             if bookmark["used"]:
@@ -157,13 +161,13 @@ class FeedStream:
         )
 
     def _read(self) -> None:
-        """The next window, behind the others; the oldest go."""
+        """The next window, behind the others; those that are released go."""
+        while self._windows and self._windows[0].first + len(self._windows[0].sequences) <= self._needed:
+            self._windows.popleft()
         start, first = self._here(), self._next
         sequences = [self._concatenated()] if self.packing == "concat" else self._fitted()
         self._windows.append(_Window(start=start, first=first, sequences=sequences))
         self._next, self._number = first + len(sequences), self._number + 1
-        while len(self._windows) > 1 and self._windows[1].first <= self._next - self.keep:
-            self._windows.popleft()
 
     def _concatenated(self) -> list[np.ndarray]:
         pieces, room = [], self.sequence_length

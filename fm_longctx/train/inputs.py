@@ -92,24 +92,20 @@ def documents(config: Config) -> Documents:
     return TokenizedTexts(*texts_and_tokenizer(config.data), cache=cache)
 
 
-def make_stream(config: Config, *, dp_size: int = 1) -> PackedStream | FeedStream:
-    """The packed sequences; the same for any number of data ranks, which says only how far apart ranks may read."""
+def make_stream(config: Config) -> PackedStream | FeedStream:
+    """The packed sequences that the data section asks for."""
     data = config.data
     packing = dict(sequence_length=data.sequence_length, seed=data.seed, packing=data.packing, window=data.window)
     if not data.streaming:
         return PackedStream(documents(config), **packing)  # type: ignore[arg-type]
     vocabulary(config)
-    # Two windows of turns may be planned ahead of the batch that trains, and prefetched batches lie before that.
-    step = dp_size * data.batch_size
-    turns = max(data.lookahead or 0, step * config.train.gradient_accumulation) + step
-    keep = 2 * turns + (data.prefetch + data.workers + 1) * step
-    return FeedStream(feed(data), make_tokenizer(data), keep=keep, **packing)  # type: ignore[arg-type]
+    return FeedStream(feed(data), make_tokenizer(data), **packing)  # type: ignore[arg-type]
 
 
 def make_loader(config: Config, world: World) -> Loader:
     """This rank's loader."""
     return Loader(
-        make_stream(config, dp_size=world.dp_size),
+        make_stream(config),
         batch_size=config.data.batch_size,
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,

@@ -62,7 +62,7 @@ def test_a_stream_of_datasets(folder, capsys):
     pytest.importorskip("datasets").disable_progress_bars()
     config = config_of(folder, **{"data.source": "datasets", "data.streaming": True})
     inputs.check(config)
-    stream = inputs.make_stream(config, dp_size=2)
+    stream = inputs.make_stream(config)
     assert isinstance(stream, FeedStream)
     tokenizer = inputs.make_tokenizer(config.data)
     assert tokenizer.decode(stream.sequence(0).tokens[:8].numpy()).startswith("the cat 1")

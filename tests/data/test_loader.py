@@ -183,3 +183,23 @@ def test_ranks_out_of_range(stream):
         Loader(stream, batch_size=0)
     with pytest.raises(ValueError, match="workers must be at least 1"):
         Loader(stream, workers=0)
+
+
+def test_a_stream_is_told_what_is_no_longer_needed(stream):
+    """And never too much: what is being made ahead, or waits in the look-ahead, is still there."""
+    released = []
+
+    class Telling:
+        sequence_length, fingerprint = stream.sequence_length, stream.fingerprint
+
+        def sequence(self, index):
+            assert not released or index >= max(released)
+            return stream.sequence(index)
+
+        def release(self, index):
+            released.append(index)
+
+    loader = Loader(Telling(), dp_size=2, balance="area", lookahead=8, workers=3, prefetch=5)
+    take(loader, 12)
+    loader.close()
+    assert released == sorted(released) and released[-1] == 24

@@ -49,7 +49,7 @@ def make_stream(folder, tmp_path, monkeypatch):
             datasets.disable_progress_bars()
             monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         if source == "stream":
-            return FeedStream(DatasetFeed.from_path(folder / "a.jsonl"), ByteTokenizer(), keep=64, **options)
+            return FeedStream(DatasetFeed.from_path(folder / "a.jsonl"), ByteTokenizer(), **options)
         if source == "tokens":
             return PackedStream(TokenFiles.from_path(folder / "tokens"), **options)
         texts = {

@@ -32,7 +32,7 @@ class Repeating:
 
 
 def stream_of(packing, **options):
-    options = {"sequence_length": 50, "seed": 1, "window": 4, "keep": 100} | options
+    options = {"sequence_length": 50, "seed": 1, "window": 4} | options
     return FeedStream(Repeating(), ByteTokenizer(), packing=packing, **options)
 
 
@@ -79,10 +79,13 @@ def test_a_rank_that_reads_little_gives_the_same_bookmark():
     assert ahead.bookmark(4) == behind.bookmark(4)
 
 
-def test_what_is_past_is_past():
-    stream = stream_of("concat", keep=3)
+def test_what_is_released_is_past():
+    stream = stream_of("concat")
     stream.sequence(10)
-    assert stream.sequence(8).lengths
+    assert stream.sequence(0).lengths
+    stream.release(8)
+    stream.sequence(11)
+    assert stream.sequence(8).lengths and stream.bookmark(8)["first"] == 8
     with pytest.raises(ValueError, match="sequence 7 of the stream is past: the earliest one kept is 8"):
         stream.sequence(7)
     with pytest.raises(ValueError, match="is past"):
