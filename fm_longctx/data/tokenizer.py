@@ -101,6 +101,10 @@ class HuggingFaceTokenizer:
         except Exception as error:  # whatever the library raises for a broken folder
             raise ValueError(f"transformers cannot load a tokenizer from {folder}: {error}") from error
         self.name = folder.name
+        file = folder / "tokenizer.json"
+        vocabulary = self._tokenizer.get_vocab()
+        words = json.dumps(sorted(vocabulary.items())).encode()
+        self._content = hashlib.blake2b(file.read_bytes() if file.is_file() else words).digest()
         # transformers' own call sets truncation on the shared backend each time, which threads must not do at once.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
@@ -109,7 +113,7 @@ class HuggingFaceTokenizer:
         self._lock = Lock()
         self._before = _marker("bos", self._tokenizer.bos_token_id, add_bos, folder)
         self._after = _marker("eos", self._tokenizer.eos_token_id, add_eos, folder)
-        largest = max(self._tokenizer.get_vocab().values(), default=0)
+        largest = max(vocabulary.values(), default=0)
         self.vocab_size = max(len(self._tokenizer), largest + 1)
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -135,12 +139,11 @@ class HuggingFaceTokenizer:
         }
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the whole tokenizer and of what is put around a document."""
-        if self._backend is not None:
-            content = self._backend.to_str()
-        else:
-            content = json.dumps(sorted(self._tokenizer.get_vocab().items()))
-        digest = hashlib.blake2b(content.encode(), digest_size=16)
+        """32 hexadecimal digits of the tokenizer's file (its vocabulary, without one) and of what is put around text.
+
+        Not of what the library makes of the file: another version of it may write that down in other words.
+        """
+        digest = hashlib.blake2b(self._content, digest_size=16)
         digest.update(repr((self._before, self._after)).encode())
         return digest.hexdigest()
 
