@@ -16,6 +16,8 @@ from fm_longctx.data.packing import Packing, area_of, check_packing
 from fm_longctx.data.sequence import PackedSequence, assemble
 from fm_longctx.data.tokenizer import Tokenizer
 
+_MOST_EMPTY = 10_000
+
 
 class Feed(Protocol):
     """Texts without end, one after the other."""
@@ -132,7 +134,7 @@ class FeedStream:
             self.feed.restore(bookmark["feed"])
             self._rest, self._used = None, 0
             if bookmark["used"]:
-                self._rest_state, self._rest = self.feed.state(), self.tokenizer.encode(next(self.feed))
+                self._rest_state, self._rest = self.feed.state(), self._document()
                 self._used = int(bookmark["used"])
 
     def _here(self) -> dict[str, Any]:
@@ -169,15 +171,22 @@ class FeedStream:
         self._windows.append(_Window(start=start, first=first, sequences=sequences))
         self._next, self._number = first + len(sequences), self._number + 1
 
+    def _document(self) -> np.ndarray:
+        """The next one that has a token, int64 `[tokens]`."""
+        for _ in range(_MOST_EMPTY):
+            tokens = self.tokenizer.encode(next(self.feed))
+            if len(tokens):
+                return tokens
+        raise ValueError(f"the stream's last {_MOST_EMPTY:,} texts have no token. Look at its text field.")
+
     def _concatenated(self) -> list[np.ndarray]:
         pieces, room = [], self.sequence_length
         while room:
             if self._rest is None:
                 self._rest_state, self._used = self.feed.state(), 0
-                self._rest = self.tokenizer.encode(next(self.feed))
+                self._rest = self._document()
             piece = self._rest[self._used : self._used + room]
-            if len(piece):
-                pieces.append(piece)
+            pieces.append(piece)
             self._used += len(piece)
             room -= len(piece)
             if self._used == len(self._rest):
@@ -187,7 +196,7 @@ class FeedStream:
     def _fitted(self) -> list[list[np.ndarray]]:
         documents, total = [], 0
         while total < self.window * self.sequence_length:
-            documents.append(self.tokenizer.encode(next(self.feed)))
+            documents.append(self._document())
             total += len(documents[-1])
         packed = best_fit([len(tokens) for tokens in documents], self.sequence_length)
         order = shuffled_window(len(packed), self.seed, self._number)

@@ -103,3 +103,13 @@ def test_fingerprint_follows_what_decides_the_sequences():
     assert len(prints) == 5
     # The order of a feed that is only concatenated has no seed.
     assert stream_of("concat", seed=2, window=5).fingerprint() in prints
+
+
+def test_a_stream_without_a_token_is_no_endless_search():
+    class Nothing(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(text)[:0]
+
+    stream = FeedStream(Repeating(), Nothing(), sequence_length=50, seed=1)
+    with pytest.raises(ValueError, match="10,000 texts have no token"):
+        stream.sequence(0)
