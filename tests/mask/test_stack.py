@@ -11,7 +11,7 @@ from tests.mask.oracle import dense_of_intervals, raw_masks
 from tests.properties import examples
 
 
-@settings(max_examples=examples(100))
+@settings(max_examples=examples(40))
 @given(st.lists(raw_masks(shape=(1, 2, 5, 6)), min_size=1, max_size=3))
 def test_any_masks(raws):
     masks = [FlashMask(r.starts, r.ends, causal=r.causal, num_rows=r.num_rows) for r in raws]
