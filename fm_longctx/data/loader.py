@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.context_parallel.stages import RankPlan
-from fm_longctx.data.packing import IGNORED, PackedStream
+from fm_longctx.data.sequence import IGNORED, Stream
+from fm_longctx.data.turns import Balance, Turn, Turns, first_needed
 from fm_longctx.mask import FlashMask
 
 
@@ -38,8 +40,12 @@ class Batch:
     """B x N."""
     visible_area: int
     """Unmasked scores of the B sequences, of one head."""
+    num_padding: int
+    """Tokens of the B sequences that only fill them."""
     sequences: tuple[int, ...]
     """Index of each sequence in the stream."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[B, T]` each: what else the stream gives for each token."""
 
     @property
     def num_scores(self) -> int:
@@ -54,15 +60,38 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             mask=self.mask.to(device),
+            extra={name: values.to(device, non_blocking=True) for name, values in self.extra.items()},
         )
 
 
-class Loader(Iterator[Batch]):
-    """Endless, resumable batches for one rank. The next batch is made by a thread while the current one trains.
+@runtime_checkable
+class Bookmarked(Protocol):
+    """A stream that needs more than an index to come to a sequence soon."""
 
-    Micro-batch m of the run takes the next dp_size x B sequences of the stream: data rank d takes B of them from
-    d x B on, and the context ranks of one data rank share them, each with its own rows. The whole state is the index of
-    the next sequence, so a run resumes at the exact sample on any number of ranks.
+    def bookmark(self, index: int) -> dict[str, Any]:
+        """What `restore` needs for sequence `index` and later ones, in what JSON can hold; the same on every rank."""
+        ...
+
+    def restore(self, bookmark: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Releasing(Protocol):
+    """A stream that keeps sequences until they have had their turn."""
+
+    def release(self, index: int) -> None:
+        """No sequence before `index` will be asked for again."""
+        ...
+
+
+class Loader(Iterator[Batch]):
+    """Endless, resumable batches for one rank. The next ones are made by threads while the current one trains.
+
+    Micro-batch m of the run takes dp_size x B sequences of the stream, the next ones or as `Turns` balances them: data
+    rank d takes B of them, and the context ranks of one data rank share these, each with its own rows. The state says
+    which sequences have had their turn, so a run resumes at the exact sample on any number of ranks.
+
+    Threads are enough: tokenizers, torch and file reading let each other run.
 
     Args:
         stream: where sequences come from.
@@ -70,11 +99,14 @@ class Loader(Iterator[Batch]):
         dp_rank, dp_size: which data rank this is, of how many.
         cp_rank, cp_size: which context rank this is, of how many.
         plan_options: further arguments of `ShardPlan.build`, such as `chunk_size`; none lets the plan choose.
+        accumulation, balance, lookahead: see `Turns`.
+        workers: threads that make batches, >= 1.
+        prefetch: batches that are ready or being made ahead of the one handed out; 0 makes each when it is asked for.
     """
 
     def __init__(
         self,
-        stream: PackedStream,
+        stream: Stream,
         *,
         batch_size: int = 1,
         dp_rank: int = 0,
@@ -82,67 +114,118 @@ class Loader(Iterator[Batch]):
         cp_rank: int = 0,
         cp_size: int = 1,
         plan_options: Mapping[str, Any] | None = None,
+        accumulation: int = 1,
+        balance: Balance = "none",
+        lookahead: int | None = None,
+        workers: int = 1,
+        prefetch: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if workers < 1 or prefetch < 0:
+            raise ValueError(f"workers must be at least 1 and prefetch at least 0, got {workers} and {prefetch}.")
         for name, rank, size in (("dp", dp_rank, dp_size), ("cp", cp_rank, cp_size)):
             if not 0 <= rank < size:
                 raise ValueError(f"{name}_rank must be in [0, {name}_size), got {rank} of {size}.")
         self.stream, self.batch_size, self.plan_options = stream, batch_size, dict(plan_options or {})
         self.dp_rank, self.dp_size, self.cp_rank, self.cp_size = dp_rank, dp_size, cp_rank, cp_size
-        self._next = 0
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fm_longctx-loader")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self.prefetch = prefetch
+        self._turns = Turns(
+            stream,
+            ranks=dp_size,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            balance=balance,
+            lookahead=lookahead,
+        )
+        self._state = self._turns.state()
+        # Turns are taken one after the other by a thread of their own: a window's areas may take a while.
+        self._planner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fm_longctx-turns")
+        self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="fm_longctx-loader")
+        self._ahead: deque[tuple[Future[Turn], Future[Batch]]] = deque()
 
     def __next__(self) -> Batch:
-        at, ahead = self._ahead or (self._next, self._worker.submit(self.make, self._next))
-        self._ahead = None
-        batch = ahead.result()
-        self._next = at + self.dp_size * self.batch_size
-        self._ahead = (self._next, self._worker.submit(self.make, self._next))
-        return batch
+        self._fill(1)
+        turn, batch = self._ahead.popleft()
+        made = batch.result()
+        self._state = turn.result().state
+        if isinstance(self.stream, Releasing):
+            # What is being made ahead is in the state too.
+            self.stream.release(first_needed(self._state))
+        self._fill(self.prefetch)
+        return made
+
+    def _fill(self, wanted: int) -> None:
+        while len(self._ahead) < wanted:
+            turn = self._planner.submit(self._turns.next)
+            self._ahead.append((turn, self._workers.submit(self._take, turn)))
+
+    def _take(self, turn: Future[Turn]) -> Batch:
+        return self._batch(turn.result().sequences[self.dp_rank])
 
     def make(self, first: int) -> Batch:
-        """The micro-batch whose first sequence, over all data ranks, is `first`. CPU work without side effects."""
+        """The micro-batch whose first sequence, over all data ranks, is `first`; not balanced. Moves nothing."""
         start = first + self.dp_rank * self.batch_size
-        sequences = tuple(range(start, start + self.batch_size))
+        return self._batch(tuple(range(start, start + self.batch_size)))
+
+    def _batch(self, sequences: tuple[int, ...]) -> Batch:
         packed = [self.stream.sequence(i) for i in sequences]
-        labels = torch.stack([p.labels for p in packed])
-        positions = torch.stack([p.positions for p in packed])
-        mask = FlashMask.from_position_ids(positions)
+        mask = FlashMask.stack([p.mask for p in packed])
         plan = ShardPlan.build(mask, self.cp_size, **self.plan_options)
         plan.received_fraction  # noqa: B018  (computed and kept here, ahead of the step that reports it)
+
+        def shard(values: list[Tensor]) -> Tensor:
+            return plan.shard(torch.stack(values), self.cp_rank, 1)
+
         return Batch(
-            tokens=plan.shard(torch.stack([p.tokens for p in packed]), self.cp_rank, 1),
-            labels=plan.shard(labels, self.cp_rank, 1),
-            positions=plan.shard(positions, self.cp_rank, 1),
+            tokens=shard([p.tokens for p in packed]),
+            labels=shard([p.labels for p in packed]),
+            positions=shard([p.positions for p in packed]),
             mask=mask,
             plan=plan,
             local=plan.local(self.cp_rank),
-            num_labels=int((labels != IGNORED).sum()),
-            num_tokens=labels.numel(),
-            visible_area=int(mask.area().sum()),
+            num_labels=sum(int((p.labels != IGNORED).sum()) for p in packed),
+            num_tokens=self.batch_size * self.stream.sequence_length,
+            visible_area=int(mask.area().sum()) // mask.heads,
+            num_padding=sum(p.num_padding for p in packed),
             sequences=sequences,
+            extra={name: shard([p.extra[name] for p in packed]) for name in packed[0].extra},
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch that was handed out, whatever was prefetched; the same on every rank."""
-        return {"next_sequence": self._next, "data": self.stream.fingerprint()}
+        state = {**self._state, "data": self.stream.fingerprint()}
+        if isinstance(self.stream, Bookmarked):
+            state["bookmark"] = self.stream.bookmark(first_needed(self._state))
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position.
+        """Go on from a saved position, of a run with any number of ranks.
 
         Raises:
-            ValueError: the state belongs to other documents, another sequence length or another seed.
+            ValueError: the state belongs to other documents, another sequence length, packing or seed.
         """
         if state["data"] != self.stream.fingerprint():
             raise ValueError(
-                "the saved data position belongs to other data: the documents, data.sequence_length and data.seed must "
-                "be those of the run that saved it."
+                "the saved data position belongs to other data: the documents, the tokenizer, data.sequence_length, "
+                "data.packing, data.window and data.seed must be those of the run that saved it."
             )
-        self._ahead = None
-        self._next = int(state["next_sequence"])
+        self._drop()
+        if isinstance(self.stream, Bookmarked):
+            self.stream.restore(state["bookmark"])
+        self._planner.submit(self._turns.restore, state).result()
+        self._state = {name: state[name] for name in ("next_sequence", "pending", "plan")}
 
     def close(self) -> None:
-        """Stop the thread; a batch being made is dropped."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads; batches being made are dropped."""
+        self._drop()
+        for pool in (self._planner, self._workers):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _drop(self) -> None:
+        """Forget what was made ahead, when nothing is being made any more: a late reader would move the stream."""
+        futures: list[Future[Any]] = [future for pair in self._ahead for future in pair]
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        self._ahead.clear()

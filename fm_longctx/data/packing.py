@@ -1,95 +1,80 @@
-"""Documents in a shuffled order, concatenated and cut into sequences of one length."""
+"""Documents packed into an endless series of sequences of one length."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from fm_longctx.data.documents import Documents
+from fm_longctx.data.layout import BestFit, Concatenated, Layout
+from fm_longctx.data.order import Epochs
+from fm_longctx.data.sequence import PackedSequence, assemble
 
-from fm_longctx.data.sources import TextFiles
-from fm_longctx.data.tokenizer import ByteTokenizer
-
-IGNORED = -100
-"""A label that is not predicted: the value that torch's cross-entropy ignores by default."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PackedSequence:
-    """One sequence of N tokens: whole documents and, at its two ends, pieces of them."""
-
-    tokens: Tensor
-    """int64 `[N]`."""
-    labels: Tensor
-    """int64 `[N]`: the next token of the same piece, `IGNORED` on a piece's last token."""
-    positions: Tensor
-    """int64 `[N]`: 0, 1, ... within each piece."""
-    lengths: tuple[int, ...]
-    """Tokens of each piece; their sum is N. Each is a document of its own to the mask."""
-
-
-def assemble(pieces: list[np.ndarray]) -> PackedSequence:
-    """Tokens of each piece, int64 `[n]`, side by side. Labels are shifted here, before anything is sharded."""
-    tokens = torch.from_numpy(np.concatenate(pieces))
-    lengths = tuple(len(piece) for piece in pieces)
-    labels = tokens.roll(-1)
-    labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    return PackedSequence(tokens=tokens, labels=labels, positions=positions, lengths=lengths)
+Packing = Literal["concat", "best_fit"]
 
 
 class PackedStream:
-    """An endless series of packed sequences, each a pure function of (documents, seed, index).
+    """A series of packed sequences, each a pure function of (documents, packing, seed, index).
 
-    Every epoch walks all documents in an order of its own. The documents are concatenated, epoch after epoch, and
-    sequence i is the tokens `[i * N, (i + 1) * N)` of that stream: nothing is dropped, nothing is padded, and any
-    sequence is found without reading those before it. So the position in the data is one integer for all ranks.
+    Every epoch walks all documents in an order of its own. `concat` puts them one after the other, epoch after epoch,
+    and cuts that into sequences: nothing is padded, and a document may be cut at a sequence's end. `best_fit` cuts only
+    documents longer than a sequence, and pads. Either way every token of every document is there once an epoch, and a
+    sequence is found without reading the text of those before it: the position in the data is one integer.
 
     Args:
-        source: the documents.
-        tokenizer: turns bytes into tokens, and byte counts into token counts.
+        documents: the documents, as tokens.
         sequence_length: N, at least 2.
         seed: of the order of the documents.
+        packing: concat or best_fit.
+        window: for best_fit: sequences' worth of tokens among which documents are fitted.
     """
 
-    def __init__(self, source: TextFiles, tokenizer: ByteTokenizer, *, sequence_length: int, seed: int) -> None:
-        if sequence_length < 2:
-            raise ValueError(f"sequence_length must be at least 2 (a token and its label), got {sequence_length}.")
-        self.source, self.tokenizer = source, tokenizer
-        self.sequence_length, self.seed = sequence_length, seed
-        self._counts = np.array([tokenizer.count(size) for size in source.sizes], dtype=np.int64)
-        self.epoch_tokens = int(self._counts.sum())
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    def __init__(
+        self, documents: Documents, *, sequence_length: int, seed: int, packing: Packing = "concat", window: int = 64
+    ) -> None:
+        check_packing(sequence_length, packing, window)
+        self.documents, self.sequence_length = documents, sequence_length
+        self._identity = (sequence_length, seed, *((packing, window) if packing == "best_fit" else ()))
+        epochs = Epochs(documents.counts, seed)
+        self.epoch_tokens = epochs.num_tokens
+        self.layout: Layout
+        if packing == "concat":
+            self.layout = Concatenated(epochs, sequence_length)
+        else:
+            self.layout = BestFit(epochs, sequence_length, window)
 
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index` of the stream, index >= 0."""
-        start, stop = index * self.sequence_length, (index + 1) * self.sequence_length
-        pieces: list[np.ndarray] = []
-        while start < stop:
-            epoch, at = divmod(start, self.epoch_tokens)
-            order, ends = self._epoch(epoch)
-            place = int(np.searchsorted(ends, at, side="right"))
-            document = order[place]
-            first = at - int(ends[place] - self._counts[document])
-            last = min(first + stop - start, int(self._counts[document]))
-            pieces.append(self.tokenizer.encode(self.source.read(document))[first:last])
-            start += last - first
-        return assemble(pieces)
+        pieces = [self.documents.tokens(*piece) for piece in self.layout.pieces(index)]
+        return assemble(pieces, sequence_length=self.sequence_length)
+
+    def area(self, index: int) -> int:
+        """Unmasked scores of sequence `index`, from token counts alone: no text is read."""
+        return area_of([piece.length for piece in self.layout.pieces(index)], self.sequence_length)
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits of all that decides what sequence i holds."""
-        parts = (self.source.fingerprint(), type(self.tokenizer).__name__, self.sequence_length, self.seed)
+        parts = (self.documents.fingerprint(), *self._identity)
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the documents in an epoch, and where each ends in it."""
-        if epoch not in self._epochs:
-            # numpy promises the raw bits of a generator across versions, but not the result of its shuffle.
-            keys = np.random.PCG64([self.seed, epoch]).random_raw(len(self.source))
-            order = np.argsort(keys, kind="stable")
-            while len(self._epochs) > 1:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = order, self._counts[order].cumsum()
-        return self._epochs[epoch]
+    def bookmark(self, index: int) -> dict[str, Any]:
+        """What spares `restore` the packing of what came before sequence `index`."""
+        return self.layout.bookmark(index)
+
+    def restore(self, bookmark: dict[str, Any]) -> None:
+        """Go on from a bookmark of a stream of the same fingerprint; sequences before it can still be asked for."""
+        self.layout.restore(bookmark)
+
+
+def area_of(lengths: list[int], sequence_length: int) -> int:
+    """Unmasked scores of causal documents of these lengths, and of the padding behind them."""
+    return sum(n * (n + 1) // 2 for n in lengths) + sequence_length - sum(lengths)
+
+
+def check_packing(sequence_length: int, packing: str, window: int) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be at least 2 (a token and its label), got {sequence_length}.")
+    if packing not in ("concat", "best_fit"):
+        raise ValueError(f"packing must be concat or best_fit, got {packing!r}.")
+    if window < 1:
+        raise ValueError(f"window must be at least 1 sequence, got {window}.")

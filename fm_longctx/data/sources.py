@@ -37,14 +37,8 @@ class TextFiles:
     @classmethod
     def from_path(cls, path: str | Path, *, pattern: str = "**/*", max_bytes: int | None = None) -> TextFiles:
         """One file, or every file of a folder that matches `pattern` and has no hidden part in its relative path."""
-        path = Path(path).expanduser()
-        if path.is_file():
-            return cls(path.parent, [path.name], max_bytes=max_bytes)
-        if not path.is_dir():
-            raise ValueError(f"data path {str(path)!r} does not exist. Give a text file or a folder of text files.")
-        found = (f.relative_to(path) for f in path.glob(pattern) if f.is_file())
-        names = [f.as_posix() for f in found if not any(part.startswith(".") for part in f.parts)]
-        return cls(path, names, max_bytes=max_bytes)
+        root, names = found_files(path, pattern)
+        return cls(root, names, max_bytes=max_bytes)
 
     @classmethod
     def python_stdlib(cls, *, max_bytes: int | None = None) -> TextFiles:
@@ -56,6 +50,11 @@ class TextFiles:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all documents."""
+        return sum(self.sizes)
 
     def read(self, index: int) -> bytes:
         """A document's bytes; a ValueError if the file no longer has the size it had at the start."""
@@ -77,3 +76,18 @@ class TextFiles:
         for name, size in zip(self.names, self.sizes, strict=True):
             digest.update(f"{name}\0{size}\0".encode())
         return digest.hexdigest()
+
+
+def found_files(path: str | Path, pattern: str) -> tuple[Path, list[str]]:
+    """A root and the files under it: `path` itself if it is a file, else what matches in the folder and is not hidden.
+
+    Raises:
+        ValueError: there is nothing at `path`.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path.parent, [path.name]
+    if not path.is_dir():
+        raise ValueError(f"data path {str(path)!r} does not exist. Give a file or a folder of files.")
+    found = (f.relative_to(path) for f in path.glob(pattern) if f.is_file())
+    return path, [f.as_posix() for f in found if not any(part.startswith(".") for part in f.parts)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_longctx.mask import dense, draw, packed, reindex, startend
+from fm_longctx.mask import dense, draw, packed, reindex, stack, startend
 from fm_longctx.mask.canonical import canonicalize, diagonal
 from fm_longctx.mask.mask_mod import MaskMod, evaluate_mask_mod
 from fm_longctx.mask.tiles import SKIPPED, tile_states
@@ -197,6 +197,14 @@ class FlashMask:
     def from_position_ids(cls, position_ids: Tensor, *, causal: bool = True) -> FlashMask:
         """Packed documents from integer positions `[N]` or `[B, N]`: one starts wherever they do not rise by 1."""
         return cls(*packed.from_position_ids(position_ids, causal=causal), causal=causal)
+
+    @classmethod
+    def stack(cls, masks: Sequence[FlashMask]) -> FlashMask:
+        """One batch of several masks of one shape and device, whatever their intervals; see `fm_longctx.mask.stack`."""
+        if len(masks) == 1:
+            return masks[0]
+        starts, ends, causal = stack.stack(masks)
+        return cls(starts, ends, causal=causal, num_rows=masks[0].num_rows)
 
     # Algebra
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fm_longctx.data import ByteTokenizer, Loader, PackedStream
+from fm_longctx.data import FeedStream, Loader, PackedStream
 from fm_longctx.train.config import Config
-from fm_longctx.train.inputs import documents
+from fm_longctx.train.inputs import make_stream
 from fm_longctx.train.model import build
 from fm_longctx.train.ranks import ranks_started
 
@@ -19,8 +19,7 @@ def describe(config: Config) -> str:
     data, context = config.parallel.data_ranks(ranks), config.parallel.context
     model = build(config.model, max_length=config.data.sequence_length)
     parameters = sum(p.numel() for p in model.parameters())
-    source = documents(config.data)
-    stream = PackedStream(source, ByteTokenizer(), sequence_length=config.data.sequence_length, seed=config.data.seed)
+    stream = make_stream(config)
     loader = Loader(
         stream,
         batch_size=config.data.batch_size,
@@ -45,9 +44,17 @@ def describe(config: Config) -> str:
             f"precision   {config.train.precision}; activation checkpointing {config.train.activation_checkpointing}",
             f"step        {per_step:,} tokens: {config.data.sequence_length:,} a sequence, "
             f"{config.data.sequence_length // context:,} a rank",
-            f"data        {len(source):,} documents, {stream.epoch_tokens:,} tokens an epoch; "
-            f"{config.train.steps:,} steps are {config.train.steps * per_step / stream.epoch_tokens:,.1f} epochs",
+            f"data        {_amount(stream, config.train.steps * per_step)}",
             f"first mask  {batch.visible_area / batch.num_scores:.1%} visible; imbalance {batch.plan.imbalance:.3f}; "
             f"receives {batch.plan.received_fraction:.1%} of what an all-gather would",
         )
+    )
+
+
+def _amount(stream: PackedStream | FeedStream, tokens: int) -> str:
+    if isinstance(stream, FeedStream):
+        return "a stream, whose length is not known"
+    return (
+        f"{len(stream.documents.counts):,} documents, {stream.epoch_tokens:,} tokens an epoch; the run is "
+        f"{tokens / stream.epoch_tokens:,.1f} epochs"
     )

@@ -2,33 +2,124 @@
 
 from __future__ import annotations
 
-from fm_longctx.data import ByteTokenizer, Loader, PackedStream, TextFiles
+from pathlib import Path
+
+from fm_longctx.data import (
+    ByteTokenizer,
+    DatasetFeed,
+    DatasetTexts,
+    Documents,
+    FeedStream,
+    HuggingFaceTokenizer,
+    JsonLines,
+    Loader,
+    PackedStream,
+    TextFiles,
+    TokenFiles,
+    TokenizedTexts,
+    Tokenizer,
+)
+from fm_longctx.data.documents import Texts
 from fm_longctx.train.config import Config, DataConfig
 from fm_longctx.train.engines.world import World
+from fm_longctx.train.model import huggingface_config
 
 
-def documents(config: DataConfig) -> TextFiles:
-    """The documents that the data section names."""
+def make_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that the data section names."""
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(config.tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
+
+
+def texts(config: DataConfig) -> Texts:
+    """The texts that the data section names; not with `streaming`, nor with source: tokens, which has none."""
     if config.source == "python_stdlib":
         return TextFiles.python_stdlib(max_bytes=config.max_bytes)
     assert config.path is not None
-    return TextFiles.from_path(config.path, pattern=config.pattern, max_bytes=config.max_bytes)
+    if config.source == "files":
+        return TextFiles.from_path(config.path, pattern=config.pattern or "**/*", max_bytes=config.max_bytes)
+    if config.source == "jsonl":
+        return JsonLines.from_path(config.path, pattern=config.pattern or "**/*.jsonl", field=config.text_field)
+    assert config.source == "datasets" and not config.streaming
+    return DatasetTexts.from_path(config.path, format=config.format, split=config.split, field=config.text_field)
+
+
+def texts_and_tokenizer(config: DataConfig) -> tuple[Texts, Tokenizer]:
+    """Both, for `data.prepare`."""
+    return texts(config), make_tokenizer(config)
+
+
+def feed(config: DataConfig) -> DatasetFeed:
+    """The texts of a `streaming` data section, one after the other."""
+    assert config.path is not None
+    return DatasetFeed.from_path(config.path, format=config.format, split=config.split, field=config.text_field)
+
+
+def vocabulary(config: Config) -> int:
+    """The model's vocabulary, checked against the tokenizer's.
+
+    Raises:
+        ValueError: a token could lie outside the embedding.
+    """
+    rows = int(huggingface_config(config.model, max_length=config.data.sequence_length).vocab_size)
+    # Foreign tokens need not be of the tokenizer that the config names; they are checked as they are read.
+    if config.data.source != "tokens" and (needed := make_tokenizer(config.data).vocab_size) > rows:
+        raise ValueError(
+            f"data.tokenizer {config.data.tokenizer} has {needed} tokens and the model's vocabulary only {rows}. Set "
+            f"model.vocab_size to at least {needed}."
+        )
+    return rows
+
+
+def check(config: Config) -> None:
+    """Raise a ValueError where making the stream would, as far as that is quickly known: nothing is tokenized."""
+    vocab_size = vocabulary(config)
+    if config.data.source == "tokens":
+        _token_files(config.data, vocab_size)
+    elif config.data.streaming:
+        next(feed(config.data))
+    else:
+        texts(config.data).read(0)
+
+
+def documents(config: Config) -> Documents:
+    """The documents that the data section names, as tokens; not with `streaming`."""
+    vocab_size = vocabulary(config)
+    if config.data.source == "tokens":
+        return _token_files(config.data, vocab_size)
+    cache = Path(config.data.cache).expanduser()
+    return TokenizedTexts(*texts_and_tokenizer(config.data), cache=cache)
+
+
+def make_stream(config: Config) -> PackedStream | FeedStream:
+    """The packed sequences that the data section asks for."""
+    data = config.data
+    packing = dict(sequence_length=data.sequence_length, seed=data.seed, packing=data.packing, window=data.window)
+    if not data.streaming:
+        return PackedStream(documents(config), **packing)  # type: ignore[arg-type]
+    vocabulary(config)
+    return FeedStream(feed(data), make_tokenizer(data), **packing)  # type: ignore[arg-type]
 
 
 def make_loader(config: Config, world: World) -> Loader:
     """This rank's loader."""
-    stream = PackedStream(
-        documents(config.data),
-        ByteTokenizer(),
-        sequence_length=config.data.sequence_length,
-        seed=config.data.seed,
-    )
     return Loader(
-        stream,
+        make_stream(config),
         batch_size=config.data.batch_size,
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,
         cp_rank=world.cp_rank,
         cp_size=world.cp_size,
         plan_options=config.parallel.plan_options,
+        accumulation=config.train.gradient_accumulation,
+        balance=config.data.balance,
+        lookahead=config.data.lookahead,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
     )
+
+
+def _token_files(config: DataConfig, vocab_size: int) -> TokenFiles:
+    assert config.path is not None
+    return TokenFiles.from_path(config.path, tokenizer=make_tokenizer(config), vocab_size=vocab_size)

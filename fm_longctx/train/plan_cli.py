@@ -102,19 +102,13 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, dict[str, Any], dict[str, int]]:
     """Document lengths, context ranks, layout and head counts of a config's data and model."""
-    from fm_longctx.data import ByteTokenizer, PackedStream
     from fm_longctx.train import config_load
-    from fm_longctx.train.inputs import documents
+    from fm_longctx.train.inputs import make_stream
 
     config = config_load.load(path)
     if sequence < 0:
         raise ValueError(f"--sequence must be at least 0, got {sequence}.")
-    stream = PackedStream(
-        documents(config.data),
-        ByteTokenizer(),
-        sequence_length=config.data.sequence_length,
-        seed=config.data.seed,
-    )
+    packed = make_stream(config).sequence(sequence)
     heads = {}
     # A Hugging Face folder's shape is not read: name it on the command line.
     if config.model.path is None:
@@ -123,4 +117,6 @@ def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, dict[s
             kv_heads=config.model.num_key_value_heads,
             head_dim=config.model.head_dim,
         )
-    return stream.sequence(sequence).lengths, config.parallel.context, config.parallel.plan_options, heads
+    # A padding token is a document of its own.
+    lengths = (*packed.lengths, *[1] * packed.num_padding)
+    return lengths, config.parallel.context, config.parallel.plan_options, heads

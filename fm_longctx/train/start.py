@@ -6,10 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fm_longctx.train import checkpoint
+from fm_longctx.train import checkpoint, inputs
 from fm_longctx.train.config import Config
 from fm_longctx.train.config_load import to_yaml
-from fm_longctx.train.inputs import documents
 from fm_longctx.train.model import huggingface_config
 
 
@@ -28,10 +27,10 @@ def prepare(config: Config, ranks: int) -> Resume | None:
         the checkpoint to go on from, if there is one.
 
     Raises:
-        ValueError: see `Config.check_world`, `TextFiles`, `checkpoint.inspect`; or the folder holds a run already.
+        ValueError: see `Config.check_world`, `inputs.check`, `checkpoint.inspect`; or the folder holds a run already.
     """
     config.check_world(ranks)
-    documents(config.data)
+    inputs.check(config)
     folder = Path(config.train.folder)
     path = None
     if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():

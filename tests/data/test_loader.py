@@ -3,14 +3,24 @@
 import pytest
 import torch
 
-from fm_longctx.data import IGNORED, ByteTokenizer, Loader, PackedStream, TextFiles
+from fm_longctx.data import (
+    IGNORED,
+    ByteTokenizer,
+    Loader,
+    PackedSequence,
+    PackedStream,
+    TextFiles,
+    TokenizedTexts,
+)
+from fm_longctx.mask import builders
 
 
 @pytest.fixture
 def stream(tmp_path):
     for i, size in enumerate([5, 40, 7, 300, 3, 128, 64]):
         (tmp_path / f"{i}.txt").write_bytes(bytes((i * 31 + j) % 256 for j in range(size)))
-    return PackedStream(TextFiles.from_path(tmp_path), ByteTokenizer(), sequence_length=111, seed=3)
+    documents = TokenizedTexts(TextFiles.from_path(tmp_path), ByteTokenizer())
+    return PackedStream(documents, sequence_length=111, seed=3)
 
 
 @pytest.fixture
@@ -92,15 +102,76 @@ def test_resume_on_other_numbers_of_ranks(make):
 
 def test_state_of_other_data_is_refused(make, stream):
     state = make().state_dict()
-    other = Loader(PackedStream(stream.source, stream.tokenizer, sequence_length=112, seed=3))
+    other = Loader(PackedStream(stream.documents, sequence_length=112, seed=3))
     with pytest.raises(ValueError, match="belongs to other data"):
         other.load_state_dict(state)
     other.close()
 
 
+class Answers:
+    """Sequences with masks of any kind and a value for each token: what tasks other than pretraining pack."""
+
+    sequence_length = 12
+
+    def sequence(self, index):
+        # Shared questions have one interval, windowed documents two, and the prefix mask is not causal.
+        mask = (
+            builders.shared_question([[3, 2, 2], [1, 4]]),
+            builders.causal_document([5, 7]) & builders.sliding_window(12, 3),
+            builders.prefix_lm_document([2, 10], [1, 4]),
+        )[index % 3]
+        tokens = torch.arange(12) + 100 * index
+        return PackedSequence(
+            tokens=tokens,
+            labels=tokens + 1,
+            positions=torch.arange(12),
+            mask=mask,
+            lengths=(12,),
+            extra={"weight": torch.linspace(0, index, 12)},
+        )
+
+    def fingerprint(self):
+        return "answers"
+
+
+def test_any_masks_and_further_values_share_a_batch():
+    stream = Answers()
+    whole = [stream.sequence(i) for i in range(3)]
+    loaders = [Loader(stream, batch_size=3, cp_rank=r, cp_size=2) for r in range(2)]
+    batches = [next(loader) for loader in loaders]
+    assert torch.equal(batches[0].mask.to_dense(), torch.cat([p.mask.to_dense() for p in whole]))
+    weights = batches[0].plan.unshard([b.extra["weight"] for b in batches], 1)
+    assert torch.equal(weights, torch.stack([p.extra["weight"] for p in whole]))
+    assert batches[0].visible_area == sum(int(p.mask.area()) for p in whole)
+    assert batches[0].to(torch.device("cpu")).extra.keys() == {"weight"}
+    for loader in loaders:
+        loader.close()
+
+
+def test_balance_counts_any_mask():
+    """A stream without areas is measured by its masks."""
+    loaders = [Loader(Answers(), dp_rank=r, dp_size=2, balance="area", lookahead=6) for r in range(2)]
+    for _ in range(3):
+        kinds = [next(loader).sequences[0] % 3 for loader in loaders]
+        assert kinds[0] == kinds[1]
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("workers, prefetch", [(1, 0), (3, 5)])
+def test_workers_and_prefetching_change_nothing(make, workers, prefetch):
+    options = {"batch_size": 2, "balance": "area", "lookahead": 8, "accumulation": 2}
+    want = take(make(**options), 9)
+    loader = make(workers=workers, prefetch=prefetch, **options)
+    for i, batch in enumerate(take(loader, 9)):
+        assert batch.sequences == want[i].sequences and torch.equal(batch.tokens, want[i].tokens)
+    assert len(loader._ahead) == prefetch
+
+
 def test_an_error_in_the_thread_reaches_the_step(make, stream):
     loader = make()
-    (stream.source.root / stream.source.names[0]).unlink()
+    source = stream.documents.source
+    (source.root / source.names[0]).unlink()
     with pytest.raises(ValueError, match="cannot read document"):
         take(loader, 20)
 
@@ -110,3 +181,25 @@ def test_ranks_out_of_range(stream):
         Loader(stream, cp_rank=2, cp_size=2)
     with pytest.raises(ValueError, match="batch_size"):
         Loader(stream, batch_size=0)
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        Loader(stream, workers=0)
+
+
+def test_a_stream_is_told_what_is_no_longer_needed(stream):
+    """And never too much: what is being made ahead, or waits in the look-ahead, is still there."""
+    released = []
+
+    class Telling:
+        sequence_length, fingerprint = stream.sequence_length, stream.fingerprint
+
+        def sequence(self, index):
+            assert not released or index >= max(released)
+            return stream.sequence(index)
+
+        def release(self, index):
+            released.append(index)
+
+    loader = Loader(Telling(), dp_size=2, balance="area", lookahead=8, workers=3, prefetch=5)
+    take(loader, 12)
+    loader.close()
+    assert released == sorted(released) and released[-1] == 24

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fm_longctx.data.packing import assemble
+from fm_longctx.data import assemble
 from fm_longctx.train.config import ModelConfig
 from fm_longctx.train.model import build, materialize
 

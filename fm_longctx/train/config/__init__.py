@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fm_longctx.data import ByteTokenizer
 from fm_longctx.train.config.data import DataConfig
 from fm_longctx.train.config.engine import check_engine
 from fm_longctx.train.config.model import ModelConfig
@@ -46,6 +47,19 @@ class Config:
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps is {slopes}, more than train.steps={self.train.steps}."
             )
+        alone = self.data.lookahead is None and self.data.batch_size == self.train.gradient_accumulation == 1
+        if self.data.balance == "area" and alone:
+            raise ValueError(
+                "data.balance: area has nothing to balance in a step of one sequence a rank. Set data.lookahead to "
+                "several times the number of data ranks, or train.gradient_accumulation above 1."
+            )
+        # Other tokenizers are asked when they are loaded.
+        in_bytes = self.data.tokenizer == "bytes" and self.data.source != "tokens" and self.model.path is None
+        if in_bytes and self.model.vocab_size < ByteTokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least {ByteTokenizer.vocab_size} (256 bytes, BOS, EOS), got "
+                f"{self.model.vocab_size}."
+            )
         if self.data.sequence_length < self.parallel.context:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} leaves some of the {self.parallel.context} context "
@@ -61,6 +75,7 @@ class Config:
                 "parallel.ranks to the number you have."
             )
         self.parallel.data_ranks(ranks)
-        for name, path in (("data.path", self.data.path), ("model.path", self.model.path)):
-            if path is not None and not Path(path).expanduser().exists():
+        paths = self.data.local_paths | ({} if self.model.path is None else {"model.path": self.model.path})
+        for name, path in paths.items():
+            if not Path(path).expanduser().exists():
                 raise ValueError(f"{name}={path!r} does not exist on this machine.")

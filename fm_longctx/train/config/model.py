@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fm_longctx.data.tokenizer import ByteTokenizer
 from fm_longctx.train.config.check import above_zero, at_least
 
 
@@ -41,6 +40,7 @@ class ModelConfig:
         at_least(
             "model",
             1,
+            vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_hidden_layers,
@@ -54,11 +54,6 @@ class ModelConfig:
             rms_norm_eps=self.rms_norm_eps,
             initializer_range=self.initializer_range,
         )
-        if self.vocab_size < ByteTokenizer.vocab_size:
-            raise ValueError(
-                f"model.vocab_size must be at least {ByteTokenizer.vocab_size} (256 bytes, BOS, EOS), got "
-                f"{self.vocab_size}."
-            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_key_value_heads must divide model.num_attention_heads, got {self.num_key_value_heads} and "
