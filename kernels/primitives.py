@@ -50,7 +50,7 @@ def load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS: tl.constexpr):
     """
     bounds = ()
     for i in tl.static_range(2 * INTERVALS):
-        bounds = bounds + (load_vector(p_bounds + i * stride_bi + o_n, partial),)  # noqa: RUF005  # type: ignore[assignment]
+        bounds = bounds + (load_vector(p_bounds + i * stride_bi + o_n, partial),)  # type: ignore[assignment]  # noqa: RUF005
     return bounds
 
 
