@@ -8,6 +8,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +21,12 @@ from benchmarks import train_arms
 from benchmarks.packs import pack
 from benchmarks.train_cells import SHAPES, TrainCell
 from fm_longctx.data import IGNORED
-from fm_longctx.train import engine
 from fm_longctx.train.config import Config, ModelConfig
+from fm_longctx.train.engines import start
+from fm_longctx.train.engines.fsdp import FsdpEngine
 from fm_longctx.train.estimate import Memory, Setup, Shape, memory, step_flops
 from fm_longctx.train.memory import weights_dtype
-from fm_longctx.train.model import LanguageModel, build, huggingface_config, materialize
+from fm_longctx.train.model import LanguageModel, build, huggingface_config
 
 # Dense bf16 peak by the maker's data sheet, TFLOP/s.
 PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -62,19 +64,16 @@ def run(cell: TrainCell, arm: str, device: str) -> dict[str, Any]:
 
 def prepare(config: Config, arm: str) -> tuple[LanguageModel, torch.optim.Optimizer]:
     """The model and the optimizer, sharded over this one rank as by the launcher."""
-    world = engine.start(config)
+    world = start(config)
     kind = weights_dtype(config.train)
     model = build(config.model, max_length=config.data.sequence_length, loss_chunk=config.train.loss_chunk, dtype=kind)
     train_arms.use(model.causal_lm, arm)
-    engine.shard(model, config, world.shard_mesh)
-    materialize(model, config.model, device=world.device, seed=0)
     if arm == "ours_nearest":
         # What torch has for bfloat16 weights: small updates are lost, so this is for memory and speed alone.
-        return model, torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=world.device.type == "cuda")
-    try:
-        return model, engine.make_optimizer(model, config.optimizer, world.device)
-    except ValueError as error:
-        raise Refused(str(error)) from error
+        config = replace(config, train=replace(config.train, precision="bfloat16"))
+    elif kind == torch.bfloat16 and find_spec("torchao") is None:
+        raise Refused("train.precision: bfloat16_stochastic needs torchao, which is not installed")
+    return model, FsdpEngine(config, world, model=model).optimizer
 
 
 def free() -> None:

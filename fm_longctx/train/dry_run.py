@@ -10,6 +10,7 @@ from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.data import Batch, ByteTokenizer, Loader, PackedStream
 from fm_longctx.train.config import Config
+from fm_longctx.train.engines.tensor_parallel import check_tensor_parallel
 from fm_longctx.train.estimate import GIB, Memory, Setup, Shape, memory, step_flops
 from fm_longctx.train.estimate_time import (
     GPUS,
@@ -104,27 +105,37 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
     card = GPUS[gpu]
     started = ranks_started()
-    ranks = config.parallel.ranks or (started if started > 1 else config.parallel.context)
+    ranks = config.parallel.ranks or (started if started > 1 else config.parallel.context * config.parallel.tensor)
     config.check_world(ranks)
     data = config.parallel.data_ranks(ranks)
     model = build(config.model, max_length=config.data.sequence_length)
     parameters = sum(p.numel() for p in model.parameters())
-    shape = Shape.of(model.causal_lm.config)
+    whole = Shape.of(model.causal_lm.config)
+    parallel = config.parallel
+    if parallel.tensor > 1:
+        check_tensor_parallel(model.causal_lm.config, parallel.tensor)
+    shape = whole.over(parallel.tensor)
     source = documents(config.data)
     stream = PackedStream(source, ByteTokenizer(), sequence_length=config.data.sequence_length, seed=config.data.seed)
     sample = _sample(config, stream, data, shape, card, samples)
     setup = _setup(config, ranks, sample)
     found, seconds = memory(shape, setup), step_time(shape, setup, card, sample.attention)
     head = (
-        f"model       {parameters:,} parameters: {model.causal_lm.config.model_type}, {shape.layers} layers x "
-        f"{shape.hidden}, {shape.heads}:{shape.kv_heads} heads of {shape.head_dim}, MLP {shape.intermediate}, "
-        f"vocabulary {shape.vocabulary}",
-        f"mesh        {ranks} ranks = data {data} x context {config.parallel.context}; parameters sharded over all "
-        f"{setup.ranks}",
+        f"model       {parameters:,} parameters: {model.causal_lm.config.model_type}, {whole.layers} layers x "
+        f"{whole.hidden}, {whole.heads}:{whole.kv_heads} heads of {whole.head_dim}, MLP {whole.intermediate}, "
+        f"vocabulary {whole.vocabulary}",
+        f"mesh        {ranks} ranks = data {data} x context {parallel.context} x tensor {parallel.tensor}; parameters "
+        f"sharded over {setup.ranks}" + (f", {parallel.replicate} replicas" if parallel.replicate > 1 else ""),
         f"data        {len(source):,} documents, {stream.epoch_tokens:,} tokens an epoch; {config.train.steps:,} steps "
         f"are {config.train.steps * _step_tokens(config, data) / stream.epoch_tokens:,.1f} epochs",
     )
-    lines = (*head, *_work(config, shape, setup, sample, data, card, seconds), *_memory(config, found, setup, card))
+    if parallel.engine != "fsdp":
+        head = (*head, f"engine      {parallel.engine}: memory and time below are those of fsdp, which differ from its")
+    lines = (
+        *head,
+        *_work(config, whole, setup, sample, data, ranks, card, seconds),
+        *_memory(config, found, setup, card),
+    )
     return Estimate(
         config=config,
         gpu=card,
@@ -147,7 +158,8 @@ def _setup(config: Config, ranks: int, sample: Sample) -> Setup:
     train, context = config.train, config.parallel.context
     return Setup(
         tokens=-(-config.data.sequence_length // context) * config.data.batch_size,
-        ranks=ranks,
+        ranks=ranks // (config.parallel.replicate * config.parallel.tensor),
+        tensor=config.parallel.tensor,
         precision=train.precision,
         checkpointing=train.activation_checkpointing,
         offload=train.activation_offload,
@@ -204,7 +216,7 @@ def _attention(batch: Batch, config: Config, shape: Shape, gpu: Gpu) -> Attentio
         element_bytes=4 if config.train.precision == "float32" else 2,
         forward_flops=forward_rate,
         backward_flops=backward_rate,
-        bandwidth=gpu.exchange_link(config.parallel.context),
+        bandwidth=gpu.exchange_link(config.parallel.context * config.parallel.tensor),
         memory_bandwidth=gpu.bandwidth,
     )
     report = replace(batch.plan, cost=cost).report()
@@ -228,10 +240,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _work(
-    config: Config, shape: Shape, setup: Setup, sample: Sample, data: int, gpu: Gpu, seconds: StepTime
+    config: Config, shape: Shape, setup: Setup, sample: Sample, data: int, ranks: int, gpu: Gpu, seconds: StepTime
 ) -> tuple[str, ...]:
-    """What a step computes, sends and takes."""
-    ranks = data * config.parallel.context
+    """What a step computes, sends and takes. `shape` is the whole model's."""
+    part = shape.over(setup.tensor)
     accumulation = config.train.gradient_accumulation
     tokens, area = _step_tokens(config, data), sample.area * data * accumulation
     flops = step_flops(shape, tokens, area)
@@ -241,10 +253,11 @@ def _work(
         "attention": seconds.attention,
         "memory-bound passes": seconds.passes,
         "waiting for keys": seconds.exchange,
+        "tensor ranks' sums": seconds.tensor,
         "waiting for weights": seconds.sharding,
     }
     named = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-    key_bytes = 2 * shape.kv * setup.element * sample.received
+    key_bytes = 2 * part.kv * setup.element * sample.received
     attention = 3 * 4.0 * shape.q * shape.layers * area / flops
     lines = [
         f"masks       of {sample.batches} sampled micro-batches: {sample.visible:.1%} visible; imbalance over context "
@@ -256,14 +269,14 @@ def _work(
         f"exchange    keys of {sample.received:,.0f} tokens a rank at most, {sample.received_fraction:.1%} of an "
         f"all-gather: {_size(key_bytes)} a layer and forward, {_size(shape.layers * 3 * key_bytes)} a micro-batch with "
         "gradients",
-        f"sharding    {_size(sharding_bytes(shape, setup))} of weights and gradients a rank and step",
+        f"sharding    {_size(sharding_bytes(part, setup))} of weights and gradients a rank and step",
         f"time        {seconds.total:.2f} s a step on {gpu.name}, estimated: {named}",
         f"speed       {tokens / seconds.total / ranks:,.0f} tokens/s a GPU, MFU {share:.1%}, both estimated",
         f"rates       attention {gpu.attention_forward / 1e12:.0f} and {gpu.attention_backward / 1e12:.0f} TFLOP/s "
         f"({gpu.attention_source}); assumed: 0.7 of it below D 128, matrices at {gpu.matmul:.0%} of "
         f"{gpu.peak / 1e12:.0f} TFLOP/s, {gpu.node_link / 1e9:.0f} GB/s in a node, {gpu.link / 1e9:.0f} between nodes",
     ]
-    moving = offload_seconds(shape, setup, gpu)
+    moving = offload_seconds(part, setup, gpu)
     if moving:
         lines.append(
             f"offload     {moving:.2f} s of copies to the host and as many back, assumed {gpu.host_link / 1e9:.0f} "

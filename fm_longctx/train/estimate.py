@@ -7,7 +7,7 @@ computes in bfloat16, else 4. The layers are the Llama layers of Hugging Face tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 GIB = 2**30
@@ -44,6 +44,13 @@ class Shape:
             tied=hf_config.tie_word_embeddings,
             qk_norm=hf_config.model_type == "qwen3",
         )
+
+    def over(self, tensor: int) -> Shape:
+        """The part of one of so many tensor ranks."""
+        if tensor == 1:
+            return self
+        parts = {name: getattr(self, name) // tensor for name in ("intermediate", "heads", "kv_heads", "vocabulary")}
+        return replace(self, **parts)
 
     @property
     def q(self) -> int:
@@ -91,6 +98,8 @@ class Setup:
     """Attention is context parallel: it adds up query gradients in float32."""
     accumulation: int = 1
     """Micro-batches in a step."""
+    tensor: int = 1
+    """Tensor ranks; the shape is then one's part, `Shape.over`."""
 
     @property
     def element(self) -> int:

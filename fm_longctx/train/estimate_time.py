@@ -116,12 +116,14 @@ class StepTime:
     """What is bound by memory: norms, rotations, activations, residuals, the optimizer."""
     exchange: float
     """Waiting for keys and their gradients, beyond what attention hides."""
+    tensor: float
+    """Sums over tensor ranks, which nothing hides."""
     sharding: float
     """Waiting for weights and gradients of other ranks, beyond what all of that hides."""
 
     @property
     def total(self) -> float:
-        return self.matrices + self.attention + self.passes + self.exchange + self.sharding
+        return self.matrices + self.attention + self.passes + self.exchange + self.tensor + self.sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +172,16 @@ def step_time(shape: Shape, setup: Setup, gpu: Gpu, attention: Attention) -> Ste
     kernels = setup.accumulation * layers * ((1 + repeated) * attention.forward + attention.backward)
     passes = (setup.accumulation * layers * t * moved + optimizer) / gpu.bandwidth
     exchange = setup.accumulation * layers * ((1 + repeated) * attention.forward_wait + attention.backward_wait)
-    hiding = matrices + kernels + passes + exchange
+    # After attention and the MLP, forward and backward: each rank sends and receives the hidden states twice.
+    away = 2 * (setup.tensor - 1) / setup.tensor * setup.element * c * t
+    tensor = setup.accumulation * layers * (4 + 2 * again) * away / gpu.node_link
+    hiding = matrices + kernels + passes + exchange + tensor
     return StepTime(
         matrices=matrices,
         attention=kernels,
         passes=passes,
         exchange=exchange,
+        tensor=tensor,
         sharding=max(0.0, sharding_bytes(shape, setup) / gpu.node_link - hiding),
     )
 

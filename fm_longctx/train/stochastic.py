@@ -9,7 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 
-def stochastic_adamw(groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> Optimizer:
+def stochastic_adamw(
+    groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+) -> Optimizer:
     """AdamW that computes each update in float32 and rounds the new weight to one of its two bfloat16 neighbours.
 
     The nearer one is the likelier, in proportion, so that on average a weight moves as far as it should: rounded to

@@ -21,8 +21,8 @@ def check_engine(parallel: ParallelConfig, train: TrainConfig) -> None:
         value = getattr(train, name)
         if engine != "fsdp" and value:
             raise ValueError(
-                f"parallel.engine: {engine} does not know train.{name}={value}. Leave it out, or set parallel.engine to "
-                "fsdp."
+                f"parallel.engine: {engine} does not know train.{name}={value}. Leave it out, or set parallel.engine "
+                "to fsdp."
             )
     if engine == "deepspeed" and train.precision == "bfloat16" and parallel.zero_stage == 1:
         raise ValueError(
