@@ -120,7 +120,7 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
     sample = _sample(config, stream, data, shape, card, samples)
     setup = _setup(config, ranks, sample)
     found, seconds = memory(shape, setup), step_time(shape, setup, card, sample.attention)
-    head = (
+    head: tuple[str, ...] = (
         f"model       {parameters:,} parameters: {model.causal_lm.config.model_type}, {whole.layers} layers x "
         f"{whole.hidden}, {whole.heads}:{whole.kv_heads} heads of {whole.head_dim}, MLP {whole.intermediate}, "
         f"vocabulary {whole.vocabulary}",
