@@ -17,10 +17,11 @@ Sections (`--cells`):
   million      the 1B at 512K and 1M tokens of documents of up to 128K
   convergence  300 steps of a 160M model on text, ours and the dense mask, from the same start on the same batches
 
-Each arm's first loss and gradient norm are compared with ours before any speed is written: an arm that differs by more
-than 2% is reported as wrong. Rows are written as they are measured to <out>/<date>-train.jsonl; with them come .md and
-the convergence's .csv and .png. An arm that runs out of memory is recorded as failed and the next one goes on; after a
-broken CUDA context the process starts anew. `--limit` stops before an arm when so many seconds have passed.
+Each arm's first loss, gradient norm and gradient norm of the query projections are compared with ours before any speed
+is written: an arm that differs by more than 2%, 2% and 5% is reported as wrong. Rows are written as they are measured
+to <out>/<date>-train.jsonl; with them come .md and the convergence's .csv and .png. An arm that runs out of memory is
+recorded as failed and the next one goes on; after a broken CUDA context the process starts anew. `--limit` stops before
+an arm when so many seconds have passed.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from benchmarks.train_cells import SECTIONS, TrainCell, cells
 from benchmarks.train_report import write_report
 from benchmarks.train_run import Refused, free, run
 
-# Of the first loss and gradient norm: bfloat16 attention in another order of sums stays well below.
-TOLERANCE = 0.02
+# Of the first step: bfloat16 attention in another order of sums stays well below. The loss of fresh weights hardly
+# knows the mask; the gradients of the query projections do.
+TOLERANCES = {"losses": 0.02, "grad_norms": 0.02, "query_grad_norms": 0.05}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,9 +109,10 @@ def measure(cell: TrainCell, arm: str, device: str, records: Records) -> Row:
     free()
     ours = next((r for r in records.rows() if r["key"] == cell.key and r["competitor"] == "ours"), None)
     if row["status"] == "ok" and arm != "ours" and ours is not None and ours["status"] == "ok":
-        difference = max(_difference(row, ours, name) for name in ("losses", "grad_norms"))
-        if not difference <= TOLERANCE:
-            row = {"status": "wrong", "reason": f"its first loss or gradient norm is {difference:.1%} off ours"}
+        off = {name: _difference(row, ours, name) for name in TOLERANCES}
+        wrong = [f"{name} {off[name]:.1%}" for name, most in TOLERANCES.items() if not off[name] <= most]
+        if wrong:
+            row = {"status": "wrong", "reason": f"its first step is off ours: {', '.join(wrong)}"}
     return {"competitor": arm, "seconds": round(time.monotonic() - begin, 1)} | row
 
 

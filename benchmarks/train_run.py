@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from benchmarks import train_arms
 from benchmarks.packs import pack
@@ -97,16 +98,17 @@ def _train(
     dtype = torch.float32 if cell.precision == "float32" else torch.bfloat16
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds, flops, losses, norms, visible = [], [], [], [], []
+    seconds, flops, losses, norms, queries, visible = [], [], [], [], [], []
     for step, (lengths, tokens) in enumerate(batches(cell, shape.vocabulary)):
         if step == cell.warmup + cell.steps:
             break
         if on_gpu:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        loss, norm = train_step(cell, arm, model, optimizer, lengths, tokens, device, dtype)
+        loss, norm, query = train_step(arm, model, optimizer, lengths, tokens, device, dtype)
         losses.append(float(loss))
         norms.append(float(norm))
+        queries.append(float(query))
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
@@ -126,6 +128,7 @@ def _train(
         "visible": statistics.mean(visible[counted]),
         "losses": losses,
         "grad_norms": norms,
+        "query_grad_norms": queries,
         "estimated_gib": about.peak / 2**30,
         "estimated_moment": about.moment,
         "estimated_host_gib": about.host / 2**30,
@@ -139,7 +142,6 @@ def _train(
 
 
 def train_step(
-    cell: TrainCell,
     arm: str,
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -147,8 +149,11 @@ def train_step(
     tokens: Tensor,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss and gradient norm of one step; everything that depends on the batch is made in it."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss, gradient norm, and that of the query projections, which hangs on the mask most; of one step.
+
+    Everything that depends on the batch is made in it.
+    """
     mask = train_arms.MAKERS[arm](lengths, device, dtype)
     labels = torch.cat([tokens[1:], tokens.new_full((1,), IGNORED)])
     ends = torch.tensor(lengths).cumsum(0) - 1
@@ -157,10 +162,11 @@ def train_step(
     here = [x[None].to(device, non_blocking=True) for x in (tokens, labels, positions)]
     loss = model(*here, **mask) / (len(tokens) - len(lengths))
     loss.backward()
+    query = nn.utils.get_total_norm([p.grad for name, p in model.named_parameters() if "q_proj" in name])
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.detach(), getattr(norm, "full_tensor", lambda: norm)()
+    return loss.detach(), *(x.full_tensor() if isinstance(x, DTensor) else x for x in (norm, query))
 
 
 def batches(cell: TrainCell, vocabulary: int) -> Iterator[tuple[list[int], Tensor]]:

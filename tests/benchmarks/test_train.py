@@ -30,7 +30,7 @@ def test_smoke_writes_rows_as_they_come_and_goes_on(tmp_path, capsys, monkeypatc
     assert rows["speed", "flex"]["status"] == "refused"
     text = next(tmp_path.glob("*-train.md")).read_text()
     assert "FlexAttention has no backward on a CPU" in text and "Largest difference of a step's loss" in text
-    assert len(next(tmp_path.glob("*-convergence.csv")).read_text().splitlines()) == 4
+    assert len(next(tmp_path.glob("*-convergence.csv")).read_text().splitlines()) == 5
     assert next(tmp_path.glob("*-convergence.png")).stat().st_size > 1000
     # The same command again has nothing left to do.
     monkeypatch.setattr(train, "measure", lambda *_: pytest.fail("measured again"))

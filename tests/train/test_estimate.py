@@ -35,6 +35,7 @@ MODES = [
 def step(config, dtype, train):
     """(bytes after the forward, peak of forward and backward) of a step on the CPU; weights do not count."""
     model = tiny_model(config, dtype=dtype)
+    model.loss_chunk = 32
     prepare_layers(model, TrainConfig(**train))
     tokens = torch.randint(258, (1, T))
     mask = FlashMask.from_lengths([T])
@@ -53,7 +54,7 @@ def setup(dtype, train):
         precision="float32" if dtype == torch.float32 else "bfloat16",
         checkpointing=train.get("activation_checkpointing", "none"),
         mlp_chunk=train.get("mlp_chunk"),
-        loss_chunk=7,
+        loss_chunk=32,
     )
 
 
