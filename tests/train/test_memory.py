@@ -14,7 +14,7 @@ from fm_longctx.context_parallel import attention as parallel_attention
 from fm_longctx.context_parallel import heads
 from fm_longctx.train import offload
 from fm_longctx.train.chunked_mlp import ChunkedMLP
-from fm_longctx.train.config import TrainConfig
+from fm_longctx.train.config import Config, ParallelConfig, TrainConfig
 from fm_longctx.train.memory import prepare_layers
 from fm_longctx.train.stochastic import stochastic_adamw
 from tests.distributed import run_ranks
@@ -165,6 +165,22 @@ def test_compiled_parts_are_the_norms_and_mlps():
 def test_offload_without_checkpoints_is_refused():
     with pytest.raises(ValueError, match="Set it to selective or full"):
         TrainConfig(activation_offload=True)
+
+
+@pytest.mark.parametrize(
+    "engine, option",
+    [
+        ("megatron", {"mlp_chunk": 8}),
+        ("megatron", {"activation_checkpointing": "full", "activation_offload": True}),
+        ("megatron", {"activation_checkpointing": "selective"}),
+        ("deepspeed", {"compile": True}),
+        ("deepspeed", {"mlp_chunk": 8}),
+        ("deepspeed", {"precision": "bfloat16_stochastic"}),
+    ],
+)
+def test_engines_refuse_what_they_do_not_know(engine, option):
+    with pytest.raises(ValueError, match=f"parallel.engine: {engine} does not know train.{list(option)[-1]}"):
+        Config(parallel=ParallelConfig(engine=engine), train=TrainConfig(**option))
 
 
 def test_stochastic_rounding_keeps_small_updates():
