@@ -39,8 +39,9 @@ def test_smoke_writes_rows_as_they_come_and_goes_on(tmp_path, capsys, monkeypatc
 
 
 def test_a_wrong_arm_has_no_speed(tmp_path, capsys, monkeypatch):
-    causal = train_run.train_arms.dense
-    monkeypatch.setitem(train_run.train_arms.MAKERS, "dense", lambda lengths, *rest: causal([sum(lengths)], *rest))
+    right = train_run.train_arms.dense
+    # The smoke's pack is one document: a mask that cuts it in two.
+    monkeypatch.setitem(train_run.train_arms.MAKERS, "dense", lambda lengths, *rest: right([96, 96], *rest))
     train.main(["--smoke", "--out", str(tmp_path), "--cells", "speed", "--only", "ours", "dense", "--commit", "abc"])
     row = rows_of(tmp_path)["speed", "dense"]
     assert row["status"] == "wrong" and "tokens_per_second" not in row
