@@ -49,6 +49,12 @@ class Cell:
         return f"{self.section}/{self.case}/n{self.n}/d{self.d}/{heads}/b{self.batch}/s{self.seed}"
 
     @property
+    def identity(self) -> dict[str, object]:
+        """What a row says of its cell."""
+        names = ("key", "section", "case", "n", "d", "heads", "kv_heads", "batch", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def compilation(self) -> tuple[object, ...]:
         """Cells that agree in this share their compiled kernels."""
         return (self.case.split("@")[0], self.n, self.d, self.heads, self.kv_heads, self.batch)

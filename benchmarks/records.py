@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-from benchmarks.cells import Cell
+from typing import Any, Protocol
 
 Row = dict[str, Any]
+
+
+class Cell(Protocol):
+    """What is measured, by a name of its own."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def identity(self) -> Row:
+        """The key, and what rows say of the cell."""
 
 
 class Records:
@@ -54,9 +63,7 @@ class Records:
         return whole
 
     def _identity(self, cell: Cell) -> Row:
-        shape = {"case": cell.case, "n": cell.n, "d": cell.d, "heads": cell.heads, "kv_heads": cell.kv_heads}
-        shape |= {"batch": cell.batch, "seed": cell.seed}
-        return {"key": cell.key, "section": cell.section} | shape | self.about
+        return cell.identity | self.about
 
 
 def read(path: Path) -> list[Row]:

@@ -65,8 +65,10 @@ def tile_runs(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> T
     if key not in mask.cache:
         # The operator is what torch.compile can trace; otherwise its dispatch would take as long as the kernels.
         build = _build_traced if torch.compiler.is_compiling() else _build
-        built = build(mask.starts, mask.ends, mask.num_rows, mask.causal, block_m, block_n, by_row)
-        mask.cache[key] = TileRuns(*built, bounds=hidden_rows(mask))
+        runs, first, run_count, tiles, order = build(
+            mask.starts, mask.ends, mask.num_rows, mask.causal, block_m, block_n, by_row
+        )
+        mask.cache[key] = TileRuns(runs, first, run_count, tiles, order, hidden_rows(mask))
     return mask.cache[key]
 
 

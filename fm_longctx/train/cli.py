@@ -31,13 +31,13 @@ def main(arguments: Sequence[str], *, usage: str | None) -> int:
             print(f"{usage}\n{config_load.help_text()}")
         return 0 if arguments else 2
     try:
-        path, dry_run, overrides = _split(arguments)
+        path, dry_run, gpu, overrides = _split(arguments)
         config = config_load.load(path, overrides)
         if dry_run:
             if rank == 0:
                 from fm_longctx.train.dry_run import describe
 
-                print(describe(config))
+                print(describe(config, gpu))
             return 0
         from fm_longctx.train.start import prepare
 
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str], *, usage: str | None) -> int:
     return _run(config, resume, rank)
 
 
-def _split(arguments: Sequence[str]) -> tuple[str, bool, list[str]]:
-    """`--config PATH` and `--dry-run` taken out of the arguments; the rest are overrides."""
-    path, dry_run, rest = None, False, list(arguments)
+def _split(arguments: Sequence[str]) -> tuple[str, bool, str, list[str]]:
+    """`--config PATH`, `--dry-run` and `--gpu NAME` taken out of the arguments; the rest are overrides."""
+    path, dry_run, gpu, rest = None, False, None, list(arguments)
     overrides: list[str] = []
     while rest:
         argument = rest.pop(0)
@@ -57,13 +57,19 @@ def _split(arguments: Sequence[str]) -> tuple[str, bool, list[str]]:
             dry_run = True
         elif argument == "--config" and rest:
             path = rest.pop(0)
+        elif argument == "--gpu" and rest:
+            gpu = rest.pop(0)
         elif argument.startswith("--config="):
             path = argument.partition("=")[2]
+        elif argument.startswith("--gpu="):
+            gpu = argument.partition("=")[2]
         else:
             overrides.append(argument)
     if path is None:
         raise ValueError("give the config: --config configs/demo_cpu.yaml.")
-    return path, dry_run, overrides
+    if gpu is not None and not dry_run:
+        raise ValueError("--gpu says for which GPU --dry-run estimates; give both, or leave it out.")
+    return path, dry_run, gpu or "h100", overrides
 
 
 def _refuse(error: ValueError, rank: int) -> int:

@@ -76,14 +76,15 @@ def build(
 
 def huggingface_config(config: ModelConfig, *, max_length: int) -> Any:
     """The Hugging Face config of these fields, or the one in `config.path`."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
     if config.path is not None:
         try:
             return AutoConfig.from_pretrained(str(Path(config.path).expanduser()), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.path={config.path!r} is not a Hugging Face model folder: {error}") from error
-    return LlamaConfig(
+    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[config.kind]
+    return kind(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -93,7 +94,7 @@ def huggingface_config(config: ModelConfig, *, max_length: int) -> Any:
         head_dim=config.head_dim,
         max_position_embeddings=max_length,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=config.rope_parameters,
         tie_word_embeddings=config.tie_word_embeddings,
         initializer_range=config.initializer_range,
         bos_token_id=None,

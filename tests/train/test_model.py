@@ -1,12 +1,13 @@
 """The model: packed equals separate, a start that no mesh changes, weights from a folder, big shapes on meta."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fm_longctx import ContextParallel, FlashMask, ShardPlan
 from fm_longctx.train import engines
@@ -108,6 +109,59 @@ def test_meta_build_has_the_buffers_of_a_plain_one():
     for name, buffer in model.causal_lm.named_buffers():
         assert torch.equal(buffer, want.pop(name)), name
     assert not want
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+    "llama3": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_scaled_rotations_are_those_of_a_plain_model_and_are_exported(kind, rope, tmp_path):
+    """Frequencies and YaRN's factor of attention, after a start on the meta device; logits, and the saved config."""
+    settings = {f"rope_{name}": value for name, value in ROPES[rope].items()}
+    model = tiny_model(replace(CONFIG, kind=kind, rope_type=rope, **settings))
+    exported = model.causal_lm
+    exported.config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == {
+        "rope_type": rope,
+        "rope_theta": CONFIG.rope_theta,
+        **ROPES[rope],
+    }
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), attn_implementation="sdpa")
+    plain.load_state_dict(exported.state_dict())
+    mine, theirs = exported.model.rotary_emb, plain.model.rotary_emb
+    assert mine.attention_scaling == theirs.attention_scaling
+    assert (mine.attention_scaling != 1) == (rope == "yarn")
+    tokens, positions = torch.randint(258, (1, 100)), torch.arange(100)[None]
+    for ours, exact in zip(mine(torch.zeros(1), positions), theirs(torch.zeros(1), positions), strict=True):
+        assert torch.equal(ours, exact)
+    hidden = exported.model(tokens, position_ids=positions, use_cache=False, flashmask=FlashMask.from_lengths([100]))
+    want = plain.model(tokens, position_ids=positions, use_cache=False)
+    assert torch.allclose(hidden.last_hidden_state, want.last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"rope_type": "linear"}, "model.rope_type: linear needs model.rope_factor"),
+        ({"rope_type": "yarn", "rope_factor": 2.0}, "needs model.rope_original_max_position_embeddings"),
+        ({"rope_factor": 2.0}, "model.rope_factor would have no effect with model.rope_type: default"),
+        ({"rope_type": "linear", "rope_factor": 0.5}, "model.rope_factor must be at least 1"),
+    ],
+)
+def test_rope_settings_that_do_not_fit_together(settings, told):
+    with pytest.raises(ValueError, match=told):
+        ModelConfig(**settings)
 
 
 def test_start_has_the_asked_spread_and_depends_on_the_seed_alone():

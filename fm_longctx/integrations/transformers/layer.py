@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    once: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer under the mask of this call.
@@ -50,6 +52,7 @@ def attention(
         cu_seq_lens_q, cu_seq_lens_k: `[documents + 1]`, as flattening collators pass them; must be equal.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: `[heads]`, the logit of each head's attention sink.
+        once: what calls the attention op, as `once(op, q, k, v, mask, **options)`: an activation checkpoint's memory.
 
     Returns:
         out `[B, N, H, D]`, and None for the weights, which never exist.
@@ -83,7 +86,9 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     if context is not None:
-        return _over_ranks(q, k, v, attention_mask, context, sliding_window, s_aux, scale=scaling, **options), None
+        parallel = _op(context_parallel_attention, once)
+        options["scale"] = scaling
+        return _over_ranks(parallel, q, k, v, attention_mask, context, sliding_window, s_aux, **options), None
 
     boundaries = _boundaries(cu_seq_lens_q, cu_seq_lens_k)
     if flashmask is None:
@@ -92,9 +97,15 @@ def attention(
         mask = _explicit(flashmask, attention_mask, sliding_window, position_ids)
     if mask.device.type == "cpu" and q.device.type == "cuda":
         mask = _on_device(mask, q.device)
+    op = _op(flashmask_attention, once)
     if s_aux is None:
-        return flashmask_attention(q, k, v, mask, scale=scaling, **options), None
-    return _with_sinks(*flashmask_attention(q, k, v, mask, scale=scaling, return_lse=True, **options), s_aux), None
+        return op(q, k, v, mask, scale=scaling, **options), None
+    out, lse = op(q, k, v, mask, scale=scaling, return_lse=True, **options)
+    return _with_sinks(out, lse, s_aux), None
+
+
+def _op(op: Callable[..., Any], once: Callable[..., Any] | None) -> Callable[..., Any]:
+    return op if once is None else partial(once, op)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> Tensor:
@@ -155,6 +166,7 @@ def _explicit(
 
 
 def _over_ranks(
+    op: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -182,9 +194,12 @@ def _over_ranks(
         )
     if sliding_window is not None and not isinstance(context, Mapping):
         _check_window(one, sliding_window)
+    out: Tensor
     if s_aux is None:
-        return context_parallel_attention(q, k, v, one, **options)
-    return _with_sinks(*context_parallel_attention(q, k, v, one, return_lse=True, **options), s_aux)
+        out = op(q, k, v, one, **options)
+        return out
+    out, lse = op(q, k, v, one, return_lse=True, **options)
+    return _with_sinks(out, lse, s_aux)
 
 
 def _of_kind(name: str, given: Any, sliding_window: int | None) -> Any:

@@ -17,6 +17,13 @@ def check_engine(parallel: ParallelConfig, train: TrainConfig) -> None:
         raise _unknown(engine, "train.precision", train.precision, _PRECISIONS)
     if engine == "megatron" and train.activation_checkpointing not in _MEGATRON_RECOMPUTES:
         raise _unknown(engine, "train.activation_checkpointing", train.activation_checkpointing, _MEGATRON_RECOMPUTES)
+    for name in ("mlp_chunk", "compile") if engine == "deepspeed" else ("mlp_chunk", "compile", "activation_offload"):
+        value = getattr(train, name)
+        if engine != "fsdp" and value:
+            raise ValueError(
+                f"parallel.engine: {engine} does not know train.{name}={value}. Leave it out, or set parallel.engine "
+                "to fsdp."
+            )
     if engine == "deepspeed" and train.precision == "bfloat16" and parallel.zero_stage == 1:
         raise ValueError(
             "parallel.zero_stage=1 with train.precision: bfloat16 is another optimizer inside DeepSpeed, which is not "

@@ -41,10 +41,19 @@ class TrainConfig:
     """Micro-batches in a step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if there is one."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and activations in the forward and backward. Master weights, reductions and Adam are float32."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: keep each layer's input only, and compute the layer again in the backward."""
+    precision: Literal["float32", "bfloat16", "bfloat16_stochastic"] = "float32"
+    """bfloat16: of parameters and activations in the forward and backward; master weights, reductions and Adam are
+    float32. bfloat16_stochastic: master weights and Adam's moments are bfloat16 too, and updates are rounded up or down
+    at random in proportion, so that small ones count (torchao's AdamW): 8 bytes a parameter instead of 16."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """full: keep each layer's input only, and compute the layer again in the backward. selective: keep attention's
+    output, LSE and received keys as well, so that neither attention nor its exchange is repeated."""
+    activation_offload: bool = False
+    """What the checkpoints keep waits in the host's memory. Only with full or selective."""
+    mlp_chunk: int | None = None
+    """Tokens whose MLP exists at once; each such chunk is computed again in the backward. None: all of them."""
+    compile: bool = False
+    """torch.compile the norms and MLPs of the layers: faster, and less memory; the first steps take a minute or so."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at once."""
     seed: int = 0
@@ -59,7 +68,13 @@ class TrainConfig:
             steps=self.steps,
             stop_at=self.stop_at,
             gradient_accumulation=self.gradient_accumulation,
+            mlp_chunk=self.mlp_chunk,
             loss_chunk=self.loss_chunk,
             log_every=self.log_every,
         )
         at_least("train", 0, seed=self.seed)
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "train.activation_offload moves what activation checkpoints keep, but train.activation_checkpointing "
+                "is none. Set it to selective or full."
+            )

@@ -15,9 +15,9 @@ from fm_longctx.data import Batch
 from fm_longctx.integrations import deepspeed as plug
 from fm_longctx.train.config import Config
 from fm_longctx.train.engines.base import Engine
-from fm_longctx.train.engines.fsdp import recompute_in_backward
 from fm_longctx.train.engines.optimizer import make_optimizer
 from fm_longctx.train.engines.world import World
+from fm_longctx.train.memory import prepare_layers
 from fm_longctx.train.model import LanguageModel, build, first_weights, rebuild_buffers
 from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
 
@@ -47,9 +47,7 @@ class DeepSpeedEngine(Engine):
             )
         self.model, self.hf_config = model, model.causal_lm.config
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        if config.train.activation_checkpointing == "full":
-            for layer in model.layers:
-                recompute_in_backward(layer)
+        prepare_layers(model, config.train)
         settings = deepspeed_config(config)
         place(model, config, settings, device=world.device, partition=self.stage == 3)
         optimizer = make_optimizer(model.parameters(), config.optimizer, world.device)

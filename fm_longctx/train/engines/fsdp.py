@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from fm_longctx.data import Batch
 from fm_longctx.train.config import Config
@@ -27,6 +25,7 @@ from fm_longctx.train.engines.base import Engine
 from fm_longctx.train.engines.optimizer import make_optimizer
 from fm_longctx.train.engines.tensor_parallel import split
 from fm_longctx.train.engines.world import World
+from fm_longctx.train.memory import prepare_layers, weights_dtype
 from fm_longctx.train.model import LanguageModel, build, materialize
 from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
 
@@ -47,7 +46,12 @@ class FsdpEngine(Engine):
         self.world, self.task = world, task or NextToken()
         self.clip_norm = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
         if model is None:
-            model = build(config.model, max_length=config.data.sequence_length, loss_chunk=config.train.loss_chunk)
+            model = build(
+                config.model,
+                max_length=config.data.sequence_length,
+                loss_chunk=config.train.loss_chunk,
+                dtype=weights_dtype(config.train),
+            )
         self.model, self.hf_config = model, model.causal_lm.config
         mesh = rank_mesh(config, world)
         if config.parallel.tensor > 1:
@@ -57,7 +61,8 @@ class FsdpEngine(Engine):
         # A checkpoint's weights need no other start, but the buffers and the storage do.
         materialize(model, config.model, device=world.device, seed=config.train.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.optimizer = make_optimizer(model.parameters(), config.optimizer, world.device)
+        stochastic = config.train.precision == "bfloat16_stochastic"
+        self.optimizer = make_optimizer(model.parameters(), config.optimizer, world.device, stochastic=stochastic)
 
     def gradients(self, batches: Sequence[Batch]) -> StepResult:
         world = self.world
@@ -130,23 +135,11 @@ def _parameter_axes(mesh: DeviceMesh) -> DeviceMesh:
 
 def shard(model: LanguageModel, config: Config, mesh: DeviceMesh) -> None:
     """Shard every layer, then the rest, over the mesh (FSDP2). Works on the meta device, before `materialize`."""
-    if config.train.activation_checkpointing == "full":
-        for layer in model.layers:
-            recompute_in_backward(layer)
+    prepare_layers(model, config.train)
     precision = MixedPrecisionPolicy()
-    if config.train.precision == "bfloat16":
+    if config.train.precision != "float32":
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=config.parallel.reshard_after_forward)
     # Embedding and output projection are needed at both ends of the forward and first in the backward: keep them.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-
-
-def recompute_in_backward(layer: nn.Module) -> None:
-    """Keep the layer's input only and run its forward again in the backward.
-
-    `forward` is replaced, not the call around it, so that the sharding's hooks stay outside and run once. The layer's
-    arguments, the mask among them, are passed to the recomputation as they were.
-    """
-    forward: Callable[..., Any] = layer.forward
-    layer.forward = partial(checkpoint, forward, use_reentrant=False)

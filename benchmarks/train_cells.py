@@ -1,0 +1,183 @@
+"""What benchmarks/train.py measures: model shapes, lengths and memory settings, a cell each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fm_longctx.train.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+SECTIONS = ("speed", "modes", "memory", "longest", "million", "convergence")
+
+Arm = Literal["ours", "flex", "dense", "ours_nearest"]
+
+LLAMA_1B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    rope_theta=500000.0,
+)
+LLAMA_8B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+)
+SHAPES = {
+    "1b": LLAMA_1B,
+    # An eighth of the layers and of the vocabulary: the parts' shares of the work stay those of the 8B model.
+    "8b_eighth": replace(LLAMA_8B, num_hidden_layers=4, vocab_size=16032),
+    "8b": LLAMA_8B,
+    "160m": replace(
+        LLAMA_1B,
+        vocab_size=258,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    ),
+    "tiny": ModelConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16, initializer_range=0.1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCell:
+    """One model at one length, in one way of keeping activations; every arm runs it."""
+
+    section: str
+    shape: str
+    n: int
+    arms: tuple[Arm, ...]
+    checkpointing: Literal["none", "full", "selective"] = "selective"
+    offload: bool = False
+    mlp_chunk: int | None = None
+    compile: bool = False
+    precision: Literal["float32", "bfloat16", "bfloat16_stochastic"] = "bfloat16"
+    steps: int = 5
+    warmup: int = 2
+    """Steps before those that count: they compile, and fill the allocator."""
+    longest_document: int = 131072
+
+    @property
+    def key(self) -> str:
+        parts = [self.section, self.shape, f"n{self.n}", self.checkpointing]
+        parts += [name for name, on in (("offload", self.offload), ("compile", self.compile)) if on]
+        parts += [f"mlp{self.mlp_chunk}"] if self.mlp_chunk is not None else []
+        return "/".join([*parts, self.precision])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        names = ("section", "shape", "n", "checkpointing", "offload", "mlp_chunk", "compile", "precision")
+        layers = SHAPES[self.shape].num_hidden_layers
+        return {"key": self.key, "layers": layers} | {name: getattr(self, name) for name in names}
+
+    def config(self, device: str) -> Config:
+        """The launcher's config of the cell."""
+        return Config(
+            model=SHAPES[self.shape],
+            data=DataConfig(sequence_length=self.n),
+            optimizer=OptimizerConfig(lr=1e-3 if self.section == "convergence" else 1e-4),
+            train=TrainConfig(
+                device="cuda" if device == "cuda" else "cpu",
+                precision=self.precision,
+                activation_checkpointing=self.checkpointing,
+                activation_offload=self.offload,
+                mlp_chunk=self.mlp_chunk,
+                compile=self.compile,
+            ),
+        )
+
+
+def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
+    """The cells of a section, in the order in which they are run."""
+    if smoke:
+        return _smoke(section)
+    compared: tuple[Arm, ...] = ("ours", "flex", "dense")
+    if section == "speed":
+        return [
+            TrainCell(section=section, shape=shape, n=n, arms=compared, compile=True)
+            for n in (131072, 32768, 65536)
+            for shape in ("8b_eighth", "1b")
+        ]
+    if section == "modes":
+        return [
+            TrainCell(
+                section=section, shape="8b_eighth", n=131072, arms=("ours",), checkpointing=mode, compile=compiled
+            )
+            for mode, compiled in (("none", True), ("full", True), ("selective", False), ("full", False))
+        ]
+    if section == "memory":
+        return [
+            TrainCell(
+                section=section,
+                shape=shape,
+                n=n,
+                arms=("ours",),
+                checkpointing=mode,
+                offload=offload,
+                steps=2,
+                warmup=1,
+            )
+            for n in (131072, 32768)
+            for shape in ("1b", "8b_eighth")
+            for mode, offload in (("none", False), ("full", False), ("selective", False), ("full", True))
+        ]
+    if section == "longest":
+        both: tuple[Arm, ...] = ("ours", "ours_nearest")
+        small: dict[str, Any] = {"section": section, "shape": "8b", "arms": both, "steps": 2, "warmup": 1}
+        small |= {"mlp_chunk": 8192, "offload": True, "precision": "bfloat16_stochastic"}
+        return [
+            TrainCell(**small, n=n, checkpointing=mode, compile=compiled)
+            for n, mode, compiled in (
+                (131072, "full", False),
+                (131072, "full", True),
+                (131072, "selective", True),
+                (262144, "full", True),
+            )
+        ]
+    if section == "million":
+        return [
+            TrainCell(
+                section=section,
+                shape="1b",
+                n=n,
+                arms=("ours",),
+                checkpointing="full",
+                offload=True,
+                mlp_chunk=16384,
+                compile=True,
+                steps=2,
+                warmup=1,
+            )
+            for n in (524288, 1048576)
+        ]
+    if section == "convergence":
+        return [TrainCell(section=section, shape="160m", n=8192, arms=("ours", "dense"), steps=300, warmup=0)]
+    raise ValueError(f"unknown section {section!r}; there are {', '.join(SECTIONS)}.")
+
+
+def _smoke(section: str) -> list[TrainCell]:
+    """Every path of a section on a CPU; no figure worth keeping."""
+    shared: dict[str, Any] = {"section": section, "shape": "tiny", "n": 192, "steps": 2, "warmup": 1}
+    if section == "speed":
+        return [TrainCell(**shared, arms=("ours", "flex", "dense"), precision="float32")]
+    if section == "memory":
+        return [TrainCell(**shared, arms=("ours",), checkpointing="full", offload=True)]
+    if section == "longest":
+        arms: tuple[Arm, ...] = ("ours", "ours_nearest")
+        return [TrainCell(**shared, arms=arms, offload=True, mlp_chunk=64, precision="bfloat16_stochastic")]
+    if section == "convergence":
+        return [TrainCell(**shared | {"steps": 3}, arms=("ours", "dense"), precision="float32")]
+    if section in SECTIONS:
+        return [TrainCell(**shared, arms=("ours",), mlp_chunk=64)]
+    raise ValueError(f"unknown section {section!r}; there are {', '.join(SECTIONS)}.")
