@@ -5,8 +5,9 @@ from __future__ import annotations
 from fm_longctx.data import FeedStream, Loader, PackedStream
 from fm_longctx.train.config import Config
 from fm_longctx.train.inputs import make_stream
-from fm_longctx.train.model import build
 from fm_longctx.train.ranks import ranks_started
+from fm_longctx.train.tasks.models import build_model
+from fm_longctx.train.tasks.stream import RecordStream
 
 
 def describe(config: Config) -> str:
@@ -17,7 +18,7 @@ def describe(config: Config) -> str:
     ranks = config.parallel.ranks or ranks_started()
     config.check_world(ranks)
     data, context = config.parallel.data_ranks(ranks), config.parallel.context
-    model = build(config.model, max_length=config.data.sequence_length)
+    model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     stream = make_stream(config)
     loader = Loader(
@@ -51,10 +52,12 @@ def describe(config: Config) -> str:
     )
 
 
-def _amount(stream: PackedStream | FeedStream, tokens: int) -> str:
+def _amount(stream: PackedStream | FeedStream | RecordStream, tokens: int) -> str:
     if isinstance(stream, FeedStream):
         return "a stream, whose length is not known"
-    return (
-        f"{len(stream.documents.counts):,} documents, {stream.epoch_tokens:,} tokens an epoch; the run is "
-        f"{tokens / stream.epoch_tokens:,.1f} epochs"
+    parts = (
+        f"{len(stream):,} records"
+        if isinstance(stream, RecordStream)
+        else f"{len(stream.documents.counts):,} documents"
     )
+    return f"{parts}, {stream.epoch_tokens:,} tokens an epoch; the run is {tokens / stream.epoch_tokens:,.1f} epochs"
