@@ -46,6 +46,8 @@ class Batch:
     """Index of each sequence in the stream."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """`[B, T]` each: what else the stream gives for each token."""
+    about: tuple[Any, ...] = ()
+    """What else the stream says of each sequence; stays on the CPU."""
 
     @property
     def num_scores(self) -> int:
@@ -190,6 +192,7 @@ class Loader(Iterator[Batch]):
             num_padding=sum(p.num_padding for p in packed),
             sequences=sequences,
             extra={name: shard([p.extra[name] for p in packed]) for name in packed[0].extra},
+            about=tuple(p.about for p in packed),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ class PackedSequence:
     """Tokens of each part, in order; the rest of the N is padding, at the end."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Whatever else a loss needs for each token, `[N]`; sharded as the tokens are. The same names in all sequences."""
+    about: Any = None
+    """Whatever else a loss needs of the sequence as a whole, the same on every context rank."""
 
     @property
     def num_padding(self) -> int:

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from fm_longctx.context_parallel.assign import STRATEGIES
+from fm_longctx.data import IGNORED
 from fm_longctx.integrations.groups import Ranks, context_parallel_ranks
 from fm_longctx.integrations.transformers import NAME, DataCollatorForFlashMask, register
 from fm_longctx.integrations.transformers.collator import PlannedContext
-from fm_longctx.integrations.transformers.trees import IGNORED
 
 SECTION = "flashmask"
 """The key of our section in a DeepSpeed config."""

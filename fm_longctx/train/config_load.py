@@ -135,6 +135,8 @@ def _flatten(content: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: unknown section {section!r}. {_nearest(str(section), list(sections))}")
         if values is None:
             continue
+        if isinstance(values, str) and f"{section}.kind" in fields():
+            values = {"kind": values}
         if not isinstance(values, dict):
             raise ValueError(f"{where}: {section} must hold fields, got {values!r}.")
         for name, value in values.items():

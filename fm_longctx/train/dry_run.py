@@ -25,8 +25,9 @@ from fm_longctx.train.estimate_time import (
     step_time,
 )
 from fm_longctx.train.inputs import make_stream
-from fm_longctx.train.model import build
 from fm_longctx.train.ranks import ranks_started
+from fm_longctx.train.tasks.models import build_model
+from fm_longctx.train.tasks.stream import RecordStream
 
 # Micro-batches that are packed and planned. Each costs what a step of the loader costs.
 SAMPLES = 4
@@ -108,7 +109,7 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
     ranks = config.parallel.ranks or (started if started > 1 else config.parallel.context * config.parallel.tensor)
     config.check_world(ranks)
     data = config.parallel.data_ranks(ranks)
-    model = build(config.model, max_length=config.data.sequence_length)
+    model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     whole = Shape.of(model.causal_lm.config)
     parallel = config.parallel
@@ -129,6 +130,8 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
     )
     if parallel.engine != "fsdp":
         head = (*head, f"engine      {parallel.engine}: memory and time below are those of fsdp, which differ from its")
+    if config.lora.r is not None or config.task.kind == "dpo":
+        head = (*head, "task        memory and time below are those of training every weight, without a second model")
     lines = (
         *head,
         *_work(config, whole, setup, sample, data, ranks, card, seconds),
@@ -148,13 +151,15 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
     )
 
 
-def _amount(stream: PackedStream | FeedStream, tokens: int) -> str:
+def _amount(stream: PackedStream | FeedStream | RecordStream, tokens: int) -> str:
     if isinstance(stream, FeedStream):
         return "a stream, whose length is not known"
-    return (
-        f"{len(stream.documents.counts):,} documents, {stream.epoch_tokens:,} tokens an epoch; the run is "
-        f"{tokens / stream.epoch_tokens:,.1f} epochs"
+    parts = (
+        f"{len(stream):,} records"
+        if isinstance(stream, RecordStream)
+        else f"{len(stream.documents.counts):,} documents"
     )
+    return f"{parts}, {stream.epoch_tokens:,} tokens an epoch; the run is {tokens / stream.epoch_tokens:,.1f} epochs"
 
 
 def _step_tokens(config: Config, data: int) -> int:

@@ -23,6 +23,8 @@ from fm_longctx.data.documents import Texts
 from fm_longctx.train.config import Config, DataConfig
 from fm_longctx.train.engines.world import World
 from fm_longctx.train.model import huggingface_config
+from fm_longctx.train.tasks.inputs import check_records, record_stream
+from fm_longctx.train.tasks.stream import RecordStream
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
@@ -75,7 +77,9 @@ def vocabulary(config: Config) -> int:
 def check(config: Config) -> None:
     """Raise a ValueError where making the stream would, as far as that is quickly known: nothing is tokenized."""
     vocab_size = vocabulary(config)
-    if config.data.source == "tokens":
+    if config.task.kind != "pretrain":
+        check_records(config)
+    elif config.data.source == "tokens":
         _token_files(config.data, vocab_size)
     elif config.data.streaming:
         next(feed(config.data))
@@ -92,9 +96,12 @@ def documents(config: Config) -> Documents:
     return TokenizedTexts(*texts_and_tokenizer(config.data), cache=cache)
 
 
-def make_stream(config: Config) -> PackedStream | FeedStream:
-    """The packed sequences that the data section asks for."""
+def make_stream(config: Config) -> PackedStream | FeedStream | RecordStream:
+    """The packed sequences that the data section asks for, of documents or of the task's records."""
     data = config.data
+    if config.task.kind != "pretrain":
+        vocabulary(config)
+        return record_stream(config)
     packing = dict(sequence_length=data.sequence_length, seed=data.seed, packing=data.packing, window=data.window)
     if not data.streaming:
         return PackedStream(documents(config), **packing)  # type: ignore[arg-type]

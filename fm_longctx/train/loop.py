@@ -92,6 +92,7 @@ def _metrics(
         imbalance=imbalance,
         received_fraction=received,
         labels=result.labels,
+        task=result.figures,
         seconds=seconds,
         peak_memory_gib=torch.cuda.max_memory_allocated(world.device) / 2**30 if on_gpu else None,
     )

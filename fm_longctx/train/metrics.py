@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -32,11 +33,13 @@ class StepMetrics:
     received_fraction: float
     """Keys and values received, over what gathering all of them would receive. Mean over the micro-batches."""
     labels: int
-    """Tokens that had something to predict."""
+    """Tokens that had something to predict; pairs of answers for tasks that compare them."""
     seconds: float
     """Of the step."""
     peak_memory_gib: float | None
     """Most memory that tensors took on rank 0's device since the start. None on a CPU."""
+    task: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the task, such as dpo_accuracy: means over the step's pairs. Fields of their own in metrics.jsonl."""
 
     def line(self, steps: int) -> str:
         """For a reader."""
@@ -91,7 +94,9 @@ class Reporter:
     def step(self, metrics: StepMetrics) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        values = asdict(metrics)
+        values |= values.pop("task")
+        self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         if self.bar is not None:
             self.bar.update(self.task, completed=metrics.step, figures=metrics.summary())

@@ -15,6 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fm_longctx.integrations import transformers as integration
 from fm_longctx.train.config import ModelConfig
 from fm_longctx.train.loss import chunked_cross_entropy
+from fm_longctx.train.tasks import lora
+
+SCORE = "score.weight"
+"""The score head's name in transformers' models for sequence classification."""
 
 
 class LanguageModel(nn.Module):
@@ -39,38 +43,58 @@ class LanguageModel(nn.Module):
         layers: nn.ModuleList = self.causal_lm.base_model.layers
         return layers
 
-    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, **mask: Any) -> Tensor:
-        """Sum of the losses, a float32 scalar.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        read: Callable[[Any, Tensor], Tensor] | None = None,
+        **mask: Any,
+    ) -> Tensor:
+        """Sum of the losses, a float32 scalar; or what `read` makes of the hidden states.
 
         Args:
             tokens, labels, positions: int64 `[B, T]`; labels are shifted already, -100 where nothing is predicted.
+            read: called with the Hugging Face model, whose parameters are whole here, and hidden states `[B, T, C]`.
             mask: `flashmask=` or `context=`, as in `fm_longctx.integrations.transformers`.
         """
         hidden = self.causal_lm.base_model(
             input_ids=tokens, position_ids=positions, use_cache=False, **mask
         ).last_hidden_state
+        if read is not None:
+            return read(self.causal_lm, hidden)
         weight = self.causal_lm.get_output_embeddings().weight
         return chunked_cross_entropy(hidden, weight, labels, chunk=self.loss_chunk)
 
 
 def build(
-    config: ModelConfig, *, max_length: int, loss_chunk: int = 1024, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    *,
+    max_length: int,
+    loss_chunk: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    score_head: bool = False,
 ) -> LanguageModel:
     """The model on the meta device: shapes without storage. `materialize` gives it weights.
 
     Args:
         max_length: the longest document it will see; goes into the Hugging Face config.
         dtype: of the parameters.
+        score_head: one score a token (transformers' sequence classification with one label) instead of logits.
 
     Raises:
         ValueError: transformers is missing, or `config.path` is no folder of a causal language model.
     """
     integration.register()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     hf_config = huggingface_config(config, max_length=max_length)
+    kind: Any = AutoModelForCausalLM
+    if score_head:
+        kind, hf_config.num_labels = AutoModelForSequenceClassification, 1
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(hf_config, attn_implementation=integration.NAME, dtype=dtype)
+        causal_lm = kind.from_config(hf_config, attn_implementation=integration.NAME, dtype=dtype)
     return LanguageModel(causal_lm.train(), loss_chunk=loss_chunk)
 
 
@@ -128,27 +152,39 @@ def materialize(model: LanguageModel, config: ModelConfig, *, device: torch.devi
 def first_weights(
     causal_lm: Any, config: ModelConfig, *, device: torch.device, seed: int
 ) -> Callable[[str, Tensor], Tensor]:
-    """A function that gives a parameter's whole first value, from its name in `causal_lm` and the parameter."""
+    """A function that gives a parameter's whole first value, from its name in `causal_lm` and the parameter.
+
+    Adapters, and a score head that the folder does not have, begin as `seed` says.
+    """
     source = _from_folder(Path(config.path).expanduser()) if config.path is not None else None
     spread = causal_lm.config.initializer_range
 
     def first(name: str, parameter: Tensor) -> Tensor:
-        if source is not None:
-            whole: Tensor = source(name, parameter.shape)
-            return whole.to(device, parameter.dtype)
-        return _initial(name, parameter, spread, device=device, seed=seed)
+        plain = lora.plain_name(name)
+        whole = None
+        if source is not None and not lora.is_adapter(name):
+            whole = source(plain, parameter.shape)
+        if whole is None:
+            whole = _initial(plain, parameter, spread, device=device, seed=seed)
+        return whole.to(device, parameter.dtype)
 
     return first
 
 
 def _initial(name: str, parameter: Tensor, spread: float, *, device: torch.device, seed: int) -> Tensor:
-    """The whole initial parameter: matrices are normal with this standard deviation, norms 1, biases 0."""
+    """The whole initial parameter: matrices are normal with this standard deviation, norms 1, biases 0.
+
+    Matrices are drawn in float32 at least, so that a copy in bfloat16 is the rounded same.
+    """
     if parameter.ndim == 1:
         value = 0.0 if name.endswith("bias") else 1.0
         return torch.full(parameter.shape, value, dtype=parameter.dtype, device=device)
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    if lora.is_adapter(name):
+        return lora.initial(name, parameter.shape, generator)
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    whole = torch.empty(parameter.shape, dtype=wide, device=device)
     return whole.normal_(0.0, spread, generator=generator)
 
 
@@ -180,7 +216,10 @@ def _from_folder(folder: Path) -> Any:
         with safe_open(single, framework="pt") as content:
             files = dict.fromkeys(content.keys(), single)
 
-    def read(name: str, shape: torch.Size) -> Tensor:
+    def read(name: str, shape: torch.Size) -> Tensor | None:
+        if name == SCORE and name not in files:
+            # The folder of a language model: a score head is new to it.
+            return None
         if name not in files:
             raise ValueError(f"model.path={str(folder)!r} has no weight named {name}; it has {sorted(files)[:3]}, ...")
         with safe_open(files[name], framework="pt") as content:

@@ -66,16 +66,16 @@ def _parser(usage: str | None) -> _Parser:
 def _plan(options: argparse.Namespace) -> ShardPlan:
     shape = {f.name: getattr(options, f.name) for f in fields(CostModel) if getattr(options, f.name) is not None}
     if options.config is not None:
-        lengths, ranks, layout, heads = _from_config(options.config, options.sequence)
+        mask, ranks, layout, heads = _from_config(options.config, options.sequence, options.mask == "causal")
         shape = {**heads, **shape}
         ranks = ranks if options.ranks is None else options.ranks
     else:
-        lengths, ranks, layout = _lengths(options.lengths), options.ranks, {}
+        mask = FlashMask.from_lengths(_lengths(options.lengths), causal=options.mask == "causal")
+        ranks, layout = options.ranks, {}
         if ranks is None:
             raise ValueError("give the number of ranks with --lengths: --ranks 8.")
     if ranks < 1:
         raise ValueError(f"--ranks must be at least 1, got {ranks}.")
-    mask = FlashMask.from_lengths(lengths, causal=options.mask == "causal")
     if options.window is not None:
         if options.mask != "causal":
             raise ValueError("--window looks back from each row: it needs --mask causal.")
@@ -100,8 +100,8 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, dict[str, Any], dict[str, int]]:
-    """Document lengths, context ranks, layout and head counts of a config's data and model."""
+def _from_config(path: str, sequence: int, causal: bool) -> tuple[FlashMask, int, dict[str, Any], dict[str, int]]:
+    """A sequence's mask, context ranks, layout and head counts of a config's data and model."""
     from fm_longctx.train import config_load
     from fm_longctx.train.inputs import make_stream
 
@@ -117,6 +117,10 @@ def _from_config(path: str, sequence: int) -> tuple[tuple[int, ...], int, dict[s
             kv_heads=config.model.num_key_value_heads,
             head_dim=config.model.head_dim,
         )
-    # A padding token is a document of its own.
-    lengths = (*packed.lengths, *[1] * packed.num_padding)
-    return lengths, config.parallel.context, config.parallel.plan_options, heads
+    mask = packed.mask
+    if not causal:
+        if config.task.kind in ("dpo", "reward"):
+            raise ValueError(f"--mask full is for documents, but task.kind: {config.task.kind} has shared questions.")
+        # A padding token is a document of its own.
+        mask = FlashMask.from_lengths((*packed.lengths, *[1] * packed.num_padding), causal=False)
+    return mask, config.parallel.context, config.parallel.plan_options, heads

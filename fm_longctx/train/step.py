@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -31,7 +31,9 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     labels: int
-    """Over all ranks and micro-batches."""
+    """Over all ranks and micro-batches; pairs of answers for tasks that compare them."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the task says beside its loss, by name; means over the same labels or pairs."""
 
 
 class Task(Protocol):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fm_longctx.context_parallel.plan import ShardPlan
-from fm_longctx.integrations.transformers.trees import IGNORED, Node, Packed, pack, windowed
+from fm_longctx.data import IGNORED
+from fm_longctx.data.trees import Node, Packed, answers_of, pack, windowed
 from fm_longctx.mask import FlashMask
 
 if TYPE_CHECKING:
@@ -192,9 +193,9 @@ def tree(feature: Mapping[str, Any]) -> list[Node]:
             shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, answers)))
             question = answers[0][:shared]
             answers = [answer[len(question) :] for answer in answers]
-        return _answers(question, answers)
+        return answers_of(question, answers)
     if {"prompt_ids", "completion_ids"} <= keys:
-        return _answers(
+        return answers_of(
             _tokens(feature, "prompt_ids"), [_list("completion_ids", part) for part in feature["completion_ids"]]
         )
     raise ValueError(
@@ -202,11 +203,6 @@ def tree(feature: Mapping[str, Any]) -> list[Node]:
         "rejected_ids; chosen_ids, rejected_ids; prompt_ids, completion_ids; segments, parents (labels). With a "
         "Trainer set remove_unused_columns=False, or it takes columns away."
     )
-
-
-def _answers(question: list[int], answers: list[list[int]]) -> list[Node]:
-    root = Node(parent=-1, tokens=question, labels=[IGNORED] * len(question), is_sequence=False)
-    return [root, *(Node(parent=0, tokens=answer, labels=answer) for answer in answers)]
 
 
 def _tokens(feature: Mapping[str, Any], key: str) -> list[int]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fm_longctx.data import IGNORED
 from fm_longctx.integrations.transformers.collator import PlannedContext
-from fm_longctx.integrations.transformers.trees import IGNORED
 
 if TYPE_CHECKING:
     import torch.distributed as dist

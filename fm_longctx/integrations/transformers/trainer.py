@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fm_longctx.data import IGNORED
 from fm_longctx.integrations.groups import Ranks, context_parallel_ranks
 from fm_longctx.integrations.transformers.collator import DataCollatorForFlashMask, PlannedContext
-from fm_longctx.integrations.transformers.trees import IGNORED
 
 if TYPE_CHECKING:
     # What the class is mixed into; transformers itself is imported by the user.

@@ -16,15 +16,18 @@ from fm_longctx.train.config.model import ModelConfig
 from fm_longctx.train.config.optimization import OptimizerConfig, ScheduleConfig
 from fm_longctx.train.config.parallel import ParallelConfig
 from fm_longctx.train.config.run import CheckpointConfig, TrainConfig
+from fm_longctx.train.config.task import LoraConfig, TaskConfig, check_task
 
 __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ScheduleConfig",
+    "TaskConfig",
     "TrainConfig",
 ]
 
@@ -33,8 +36,10 @@ __all__ = [
 class Config:
     """A training run."""
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -66,6 +71,8 @@ class Config:
                 "ranks without a token."
             )
         check_engine(self.parallel, self.train)
+
+        check_task(self)
 
     def check_world(self, ranks: int) -> None:
         """Raise a ValueError unless this config can run on so many ranks and find its files. Needs no group."""

@@ -30,11 +30,14 @@ def make_engine(config: Config, world: World, *, task: Task | None = None) -> En
 
     Args:
         world: as `start` gave it.
-        task: the loss; next-token prediction if not given.
+        task: the loss; that of the config's task section if not given.
 
     Raises:
         ValueError: the engine's library is missing, or it cannot do what the config asks.
     """
+    from fm_longctx.train.tasks.setup import make_task
+
+    task = task or make_task(config, world)
     # Each imports its library, which may be missing and takes seconds.
     if config.parallel.engine == "deepspeed":
         from fm_longctx.train.engines.deepspeed import DeepSpeedEngine

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -25,9 +26,11 @@ from fm_longctx.train.engines.base import Engine
 from fm_longctx.train.engines.optimizer import make_optimizer
 from fm_longctx.train.engines.tensor_parallel import split
 from fm_longctx.train.engines.world import World
-from fm_longctx.train.memory import prepare_layers, weights_dtype
-from fm_longctx.train.model import LanguageModel, build, materialize
+from fm_longctx.train.memory import prepare_layers
+from fm_longctx.train.model import LanguageModel, materialize
 from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
+from fm_longctx.train.tasks.models import build_model
+from fm_longctx.train.tasks.task import figures_of
 
 
 class FsdpEngine(Engine):
@@ -46,12 +49,7 @@ class FsdpEngine(Engine):
         self.world, self.task = world, task or NextToken()
         self.clip_norm = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
         if model is None:
-            model = build(
-                config.model,
-                max_length=config.data.sequence_length,
-                loss_chunk=config.train.loss_chunk,
-                dtype=weights_dtype(config.train),
-            )
+            model = build_model(config)
         self.model, self.hf_config = model, model.causal_lm.config
         mesh = rank_mesh(config, world)
         if config.parallel.tensor > 1:
@@ -77,7 +75,12 @@ class FsdpEngine(Engine):
             total += loss_sum.detach()
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return StepResult(loss=mean_loss(total, labels, world), grad_norm=float(self._norm), labels=labels)
+        return StepResult(
+            loss=mean_loss(total, labels, world),
+            grad_norm=float(self._norm),
+            labels=labels,
+            figures=figures_of(self.task),
+        )
 
     def update(self) -> None:
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self._norm)
@@ -93,14 +96,16 @@ class FsdpEngine(Engine):
 
     def state_dict(self) -> dict[str, Any]:
         causal_lm = self.model.causal_lm
+        frozen = {n for n, p in causal_lm.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {
-            "model": get_model_state_dict(causal_lm),
+            # What is frozen is in the folder, or follows from the seed, that the run started from.
+            "model": {n: w for n, w in get_model_state_dict(causal_lm).items() if n not in frozen},
             "optimizer": get_optimizer_state_dict(causal_lm, self.optimizer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         causal_lm = self.model.causal_lm
-        set_model_state_dict(causal_lm, state["model"])
+        set_model_state_dict(causal_lm, state["model"], options=StateDictOptions(strict=False))
         set_optimizer_state_dict(causal_lm, self.optimizer, state["optimizer"])
 
     def save(self, folder: Path) -> None:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fm_longctx.data.sequence import IGNORED
 from fm_longctx.mask import FlashMask, builders
-
-IGNORED = -100
-"""A label that is not predicted: the value that torch's cross-entropy ignores by default."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,9 +37,27 @@ class Packed:
     """int64 `[N]`: what the row predicts, the next token of its branch, or `IGNORED`."""
     sequence_ids: Tensor
     """int64 `[N]`: the sequence that the row's label belongs to, -1 where that is none."""
+    ends: Tensor
+    """int64 `[sequences]`: the row of each one's last token; -1 if it has no token, or branches hold copies of it."""
     mask: FlashMask
     runs: tuple[tuple[int, int, int, int], ...]
     """Rows `[start, end)` of each node, the position of the first, and the end of the tree's rows."""
+
+
+def answers_of(question: list[int], answers: list[list[int]]) -> list[Node]:
+    """A question, of which nothing is predicted, and its answers: the tree of preference pairs and completions."""
+    root = Node(parent=-1, tokens=question, labels=[IGNORED] * len(question), is_sequence=False)
+    return [root, *(Node(parent=0, tokens=answer, labels=answer) for answer in answers)]
+
+
+def num_rows(nodes: list[Node]) -> int:
+    """Rows that `pack` gives a tree: its tokens, and where it branches one copy more for each branch but one."""
+    kept, _, _ = _number(nodes, 0)
+    branches = [0] * len(kept)
+    for node in kept:
+        if node.parent >= 0:
+            branches[node.parent] += 1
+    return sum(len(node.tokens) for node in kept) + sum(n - 1 for n in branches if n > 1)
 
 
 def pack(trees: list[list[Node]]) -> Packed:
@@ -57,6 +73,7 @@ def pack(trees: list[list[Node]]) -> Packed:
     parents: list[int] = []
     lengths: list[int] = []
     runs: list[tuple[int, int, int, int]] = []
+    ends: dict[int, int] = {}
     sequences = 0
     for nodes in trees:
         base, first_run = len(parents), len(runs)
@@ -83,6 +100,8 @@ def pack(trees: list[list[Node]]) -> Packed:
                 owners = [row_ids, *owners]
                 start -= 1
             runs.append((len(tokens), len(tokens) + len(row_tokens), start, 0))
+            if ids[i] >= 0 and len(children[i]) < 2:
+                ends[ids[i]] = runs[-1][1] - 1
             tokens += row_tokens
             positions += range(start, start + len(row_tokens))
             labels += predicts
@@ -97,6 +116,7 @@ def pack(trees: list[list[Node]]) -> Packed:
         positions=torch.tensor(positions),
         labels=torch.tensor(labels),
         sequence_ids=torch.tensor(sequence_ids),
+        ends=torch.tensor([ends.get(i, -1) for i in range(sequences)], dtype=torch.int64),
         mask=builders.prefix_tree(parents, lengths),
         runs=tuple(runs),
     )

@@ -1,0 +1,1 @@
+"""What is learned: records, losses and adapters of pretraining, fine-tuning, preferences and rewards."""
