@@ -47,6 +47,8 @@ def merge_kernel(
     # [BLOCK]
     b_lse = tl.load(p_l, mask=inside, other=float("-inf"))
     b_part = tl.load(p_part_lse + b * stride_sb + h * stride_sh + o_m * stride_sn, mask=inside, other=float("-inf"))
+    # Every warp reads these few numbers for itself, and one writes them: not before all have read.
+    tl.debug_barrier()
     # A row that the part's keys show nothing to keeps what it has: neither output of it is read.
     joins = b_part > float("-inf")
     b_max = tl.where(joins, tl.maximum(b_lse, b_part), 0.0)
