@@ -48,7 +48,7 @@ class Sample:
     received: float
     """Tokens whose keys a rank receives, over all stages: the rank and batch that receive most."""
     data_imbalance: float
-    """Of the data ranks: largest over mean area, were each to have one of the batches."""
+    """Of the data ranks: largest over mean area, were each to have one of the batches; 1 if data.balance evens them."""
     attention: Attention
     """Of one layer on the slowest rank."""
 
@@ -198,10 +198,11 @@ def _sample(config: Config, stream: Any, data: int, shape: Shape, gpu: Gpu, samp
     finally:
         loader.close()
     areas = [batch.visible_area for batch in batches]
-    over_data = max(areas) / _mean(areas) if data > 1 else 1.0
+    # Data ranks wait for the one with the largest area, unless those of a micro-batch are made alike.
+    unlike = data > 1 and config.data.balance == "none"
+    over_data = max(areas) / _mean(areas) if unlike else 1.0
     timed = [_attention(batch, config, shape, gpu) for batch in batches]
-    # The data ranks wait for the one with the largest area.
-    slowest = max(timed, key=lambda a: a.forward + a.backward) if data > 1 else None
+    slowest = max(timed, key=lambda a: a.forward + a.backward) if unlike else None
     return Sample(
         batches=samples,
         area=_mean(areas),

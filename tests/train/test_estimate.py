@@ -32,7 +32,7 @@ MODES = [
 ]
 
 
-def step(config, dtype, train):
+def step(config, dtype, train, backward=True):
     """(bytes after the forward, peak of forward and backward) of a step on the CPU; weights do not count."""
     model = tiny_model(config, dtype=dtype)
     model.loss_chunk = 32
@@ -44,7 +44,8 @@ def step(config, dtype, train):
     with LiveBytes() as live:
         loss = model(tokens, tokens, torch.arange(T)[None], flashmask=mask)
         kept = live.now()
-        loss.backward()
+        if backward:
+            loss.backward()
     return kept, live.peak
 
 
@@ -66,8 +67,9 @@ def shape_of(config):
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_what_a_layer_keeps(kind, dtype):
     config = replace(WIDE, kind=kind)
-    for train in MODES:
-        several, one = (step(replace(config, num_hidden_layers=n), dtype, train)[0] for n in (3, 1))
+    # What differs of Qwen3 differs where everything is kept.
+    for train in MODES if kind == "llama" else MODES[:1]:
+        several, one = (step(replace(config, num_hidden_layers=n), dtype, train, False)[0] for n in (3, 1))
         assert layer_kept(shape_of(config), setup(dtype, train)) == pytest.approx((several - one) / 2, rel=0.01), train
 
 
