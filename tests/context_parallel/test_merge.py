@@ -102,6 +102,19 @@ def test_the_last_merge_writes_another_tensor_and_rounds_once(how, dtype):
     assert (result.double() - expected).abs().le(allowed).all()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a race of warps shows only among many")
+def test_many_rows_at_once():
+    shape = (1, 8192, 16, 128)
+    for seed in range(5):
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        out, part = (torch.randn(shape, generator=generator, device=DEVICE) for _ in range(2))
+        lse, part_lse = (3 * torch.randn(1, 16, 8192, generator=generator, device=DEVICE) for _ in range(2))
+        weights = torch.softmax(torch.stack([lse, part_lse]).double(), 0).transpose(2, 3)[..., None]
+        expected = weights[0] * out + weights[1] * part
+        merge(out, lse, part, part_lse, out)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_a_part_shows_nothing_to_are_not_read_or_written():
     out, lse = torch.ones(1, 20, 1, 16, device=DEVICE), torch.zeros(1, 1, 20, device=DEVICE)
     part, part_lse = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
