@@ -12,6 +12,8 @@ from pathlib import Path
 from fm_longctx.data import ByteTokenizer
 from fm_longctx.train.config.data import DataConfig
 from fm_longctx.train.config.engine import check_engine
+from fm_longctx.train.config.evaluation import EvalConfig
+from fm_longctx.train.config.log import LogConfig
 from fm_longctx.train.config.model import ModelConfig
 from fm_longctx.train.config.optimization import OptimizerConfig, ScheduleConfig
 from fm_longctx.train.config.parallel import ParallelConfig
@@ -21,6 +23,8 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EvalConfig",
+    "LogConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -39,9 +43,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.eval.every is not None:
+            self.eval.data(self.data)
         slopes = self.schedule.warmup_steps + self.schedule.decay_steps
         if slopes > self.train.steps:
             raise ValueError(
@@ -75,7 +83,10 @@ class Config:
                 "parallel.ranks to the number you have."
             )
         self.parallel.data_ranks(ranks)
-        paths = self.data.local_paths | ({} if self.model.path is None else {"model.path": self.model.path})
+        paths = self.data.local_paths
+        for name, given in (("eval.path", self.eval.path), ("model.path", self.model.path)):
+            if given is not None:
+                paths = paths | {name: given}
         for name, path in paths.items():
             if not Path(path).expanduser().exists():
                 raise ValueError(f"{name}={path!r} does not exist on this machine.")
