@@ -39,16 +39,27 @@ class LanguageModel(nn.Module):
         layers: nn.ModuleList = self.causal_lm.base_model.layers
         return layers
 
-    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, **mask: Any) -> Tensor:
-        """Sum of the losses, a float32 scalar.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        read: Callable[[Any, Tensor], Tensor] | None = None,
+        **mask: Any,
+    ) -> Tensor:
+        """Sum of the losses, a float32 scalar; or what `read` makes of the hidden states.
 
         Args:
             tokens, labels, positions: int64 `[B, T]`; labels are shifted already, -100 where nothing is predicted.
+            read: called with the Hugging Face model, whose parameters are whole here, and hidden states `[B, T, C]`.
             mask: `flashmask=` or `context=`, as in `fm_longctx.integrations.transformers`.
         """
         hidden = self.causal_lm.base_model(
             input_ids=tokens, position_ids=positions, use_cache=False, **mask
         ).last_hidden_state
+        if read is not None:
+            return read(self.causal_lm, hidden)
         weight = self.causal_lm.get_output_embeddings().weight
         return chunked_cross_entropy(hidden, weight, labels, chunk=self.loss_chunk)
 

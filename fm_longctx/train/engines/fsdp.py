@@ -29,6 +29,7 @@ from fm_longctx.train.engines.tensor_parallel import split
 from fm_longctx.train.engines.world import World
 from fm_longctx.train.model import LanguageModel, build, materialize
 from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
+from fm_longctx.train.token_losses import token_losses
 
 
 class FsdpEngine(Engine):
@@ -73,6 +74,17 @@ class FsdpEngine(Engine):
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return StepResult(loss=mean_loss(total, labels, world), grad_norm=float(self._norm), labels=labels)
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        here = batch.to(self.world.device)
+        read = partial(token_losses, labels=here.labels, chunk=self.model.loss_chunk)
+        self.model.eval()
+        losses: Tensor = self.model(
+            here.tokens, here.labels, here.positions, read=read, **mask_keyword(here, self.world)
+        )
+        self.model.train()
+        return losses
 
     def update(self) -> None:
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self._norm)
