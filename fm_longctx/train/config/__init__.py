@@ -83,10 +83,9 @@ class Config:
                 "parallel.ranks to the number you have."
             )
         self.parallel.data_ranks(ranks)
-        paths = self.data.local_paths
-        for name, given in (("eval.path", self.eval.path), ("model.path", self.model.path)):
-            if given is not None:
-                paths = paths | {name: given}
+        paths = self.data.local_paths | ({} if self.model.path is None else {"model.path": self.model.path})
+        if self.eval.every is not None and "data.path" in (held_out := self.eval.data(self.data).local_paths):
+            paths = paths | {"eval.path": held_out["data.path"]}
         for name, path in paths.items():
             if not Path(path).expanduser().exists():
                 raise ValueError(f"{name}={path!r} does not exist on this machine.")

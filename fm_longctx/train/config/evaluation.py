@@ -37,4 +37,6 @@ class EvalConfig:
             path=self.path,
             pattern=self.pattern or training.pattern,
             sequence_length=self.sequence_length or training.sequence_length,
+            balance="none",
+            lookahead=None,
         )
