@@ -40,7 +40,6 @@ def run(config: Config, resume: Resume | None) -> None:
     """
     folder = Path(config.train.folder)
     with ExitStack() as stack:
-        stop = stack.enter_context(faults.StopSignal())
         stack.enter_context(_determinism(config))
         world = start(config)
         torch.manual_seed(config.train.seed + world.rank)
@@ -48,16 +47,19 @@ def run(config: Config, resume: Resume | None) -> None:
         if world.rank == 0:
             open_folder(folder, config, resume)
         dist.barrier()
-        _Run(config, resume, world, stop, stack).train()
+        training = _Run(config, resume, world, stack)
+        # Not before: until here there is nothing to save, and a rank that waits for others can just end.
+        training.stop = stack.enter_context(faults.StopSignal())
+        training.train()
 
 
 class _Run:
     """What the steps of a run share. `stack` closes what has to be closed."""
 
-    def __init__(
-        self, config: Config, resume: Resume | None, world: World, stop: faults.StopSignal, stack: ExitStack
-    ) -> None:
-        self.config, self.world, self.stop = config, world, stop
+    stop: faults.StopSignal
+
+    def __init__(self, config: Config, resume: Resume | None, world: World, stack: ExitStack) -> None:
+        self.config, self.world = config, world
         self.folder = Path(config.train.folder)
         self.engine: Engine = make_engine(config, world)
         self.loader: Loader = make_loader(config, world)
