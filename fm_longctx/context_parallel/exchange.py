@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fm_longctx.context_parallel.stages import Stage
+from fm_longctx.context_parallel.waits import waiting
 from fm_longctx.kernels.merge import add_rows
 
 
@@ -46,7 +47,8 @@ class Pending:
             RuntimeError: a rank is gone, or did not come within the group's timeout. With NCCL it is the watchdog that
                 ends the process.
         """
-        self.work.wait()
+        with waiting(self.device):
+            self.work.wait()
         self.sent = None
         return self.received.to(self.device, non_blocking=True) if self.staged else self.received
 

@@ -82,6 +82,7 @@ def _refuse(error: ValueError, rank: int) -> int:
 
 
 def _run(config: Config, resume: object, rank: int) -> int:
+    from fm_longctx.train.faults import StopSignal
     from fm_longctx.train.loop import run
     from fm_longctx.train.start import Resume
     from fm_longctx.train.step import TrainingError
@@ -95,7 +96,13 @@ def _run(config: Config, resume: object, rank: int) -> int:
         message = traceback.format_exc()
         if isinstance(error, TrainingError) or (isinstance(error, ValueError) and _is_ours(error)):
             message = f"error: {error}"
-        if rank != 0 or _comes_from_another_rank(error):
+        elsewhere = _comes_from_another_rank(error)
+        if elsewhere:
+            if StopSignal.seen:
+                # torchrun has ended this rank because of another's failure, which it reports.
+                return 1
+            message = f"another rank is gone, or did not come in time: {str(error).strip().splitlines()[0]}"
+        if rank != 0 or elsewhere:
             time.sleep(_PATIENCE_SECONDS)
             message = f"rank {rank}: {message}"
         _say(message)

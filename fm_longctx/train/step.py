@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,6 +34,8 @@ class StepResult:
     """Over all ranks and micro-batches; pairs of answers for tasks that compare them."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the task says beside its loss, by name; means over the same labels or pairs."""
+    fault: str | None = None
+    """Why the step was not taken; None if it was."""
 
 
 class Task(Protocol):
@@ -80,21 +82,32 @@ def refuse_other_tasks(task: Task, what: str, remedy: str) -> None:
         )
 
 
-def train_step(engine: Engine, batches: Sequence[Batch]) -> StepResult:
-    """One optimizer step over this rank's micro-batches.
+def not_finite(loss: float, grad_norm: float) -> str | None:
+    """Why a step must not be taken: its loss or its gradient is not finite. None if both are."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"the {name} is {value}"
+    return None
 
-    Raises:
-        TrainingError: the gradient is not finite; on every rank, before the optimizer has moved.
+
+def train_step(
+    engine: Engine, batches: Sequence[Batch], judge: Callable[[float, float], str | None] = not_finite
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches, taken by every rank or by none.
+
+    Args:
+        judge: called with loss and gradient norm before the optimizer moves; what it says against the step, on any
+            rank, is the result's `fault`, and then weights and optimizer stay as they were.
     """
     result = engine.gradients(batches)
-    if not math.isfinite(result.grad_norm):
-        engine.discard()
-        raise TrainingError(
-            f"the gradient norm is {result.grad_norm} (loss {result.loss:.4f}); the weights are the previous step's. "
-            "Lower optimizer.lr, lengthen schedule.warmup_steps, or resume from the last checkpoint."
-        )
-    engine.update()
-    return result
+    fault = judge(result.loss, result.grad_norm)
+    bad = torch.tensor([fault is not None], dtype=torch.int32, device=engine.world.device)
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    if not int(bad):
+        engine.update()
+        return result
+    engine.discard()
+    return replace(result, fault=fault or "another rank found a fault")
 
 
 def count_labels(task: Task, batches: Sequence[Batch], world: World) -> int:

@@ -50,7 +50,8 @@ def test_the_demo_for_a_few_steps(tmp_path, monkeypatch, capsys):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == [1, 2, 3]
     assert steps[0]["loss"] == pytest.approx(5.6, abs=0.4)
-    assert {"config.yaml", "mask.png", "metrics.jsonl", "checkpoints"} == {p.name for p in (tmp_path / "run").iterdir()}
+    found = {p.name for p in (tmp_path / "run").iterdir()}
+    assert found == {"config.yaml", "mask.png", "metrics.jsonl", "checkpoints", "starts"}
 
     # The same folder, for another model: refused before any process group is made.
     again = ["--train.folder", str(tmp_path / "run"), "--train.if_exists", "resume", "--model.num_hidden_layers=2"]

@@ -108,7 +108,13 @@ def test_the_run_folder(straight):
     folder, steps = straight
     assert config_load.load(folder / "config.yaml").train.steps == 20
     assert (folder / "mask.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "checkpoints" / "latest").read_text() == "step_00000020"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000020"]
+    start = folder / "starts" / "step_00000000"
+    assert config_load.load(start / "config.yaml") == config_load.load(folder / "config.yaml")
+    environment = json.loads((start / "environment.json").read_text())
+    assert environment["libraries"]["torch"] == torch.__version__
+    assert environment["ranks"] == 2 and environment["variables"]["WORLD_SIZE"] == "2"
+    assert len(json.loads((start / "git.json").read_text())["commit"]) == 40
     assert steps[0].keys() >= {"step", "loss", "tokens_per_second", "visible_fraction", "grad_norm", "lr", "imbalance"}
     assert all(0 < s["visible_fraction"] < 0.51 and s["tokens_per_second"] > 0 for s in steps)
 
@@ -117,7 +123,7 @@ def test_old_checkpoints_go(tmp_path):
     changes = {"train.steps": 5, "checkpoint.every": 1, "checkpoint.keep": 2, "train.gradient_accumulation": 1}
     train(tmp_path / "run", 2, **changes)
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000004", "step_00000005"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000004", "step_00000005"]
 
 
 def config_of(folder, **changes):
@@ -143,7 +149,7 @@ def copy(straight, tmp_path):
 
 
 def inspect(place):
-    return checkpoint.inspect(place, huggingface_config(config_of("x").model, max_length=128))
+    return checkpoint.inspect(place, huggingface_config(config_of("x").model, max_length=128), "fsdp")
 
 
 def test_a_checkpoint_given_by_path(copy, tmp_path):
@@ -155,26 +161,36 @@ def test_a_checkpoint_given_by_path(copy, tmp_path):
 
 def test_broken_checkpoints_are_refused(copy):
     inspect(copy)
-    part = next(copy.glob("*.distcp"))
-    content = part.read_bytes()
-    part.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"is damaged: .*distcp should have"):
+    part, metadata = next(copy.glob("*.distcp")), copy / ".metadata"
+    whole, known = part.read_bytes(), metadata.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match=rf"is damaged: .*distcp should have {len(whole)} bytes and is {len(whole) // 2}"
+    ):
         inspect(copy)
     part.unlink()
     with pytest.raises(ValueError, match="and is missing"):
         inspect(copy)
-    (copy / ".metadata").write_bytes(b"nonsense")
+    part.write_bytes(whole)
+    metadata.write_bytes(b"x" * len(known))
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
         inspect(copy)
-    (copy / ".metadata").unlink()
-    with pytest.raises(ValueError, match=r"\.metadata is missing"):
+    metadata.write_bytes(known)
+    inspect(copy)
+    (copy / "run.json").write_text('{"format": 2, "step": 3}')
+    with pytest.raises(ValueError, match=r"run\.json lacks \['data', 'engine', 'files'"):
         inspect(copy)
     (copy / "run.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="it has format 99, and this version reads format 1"):
+    with pytest.raises(ValueError, match="it has format 99, and this version reads format 2"):
         inspect(copy)
 
 
-def test_a_kill_while_writing_leaves_the_previous_one(straight, tmp_path):
+def test_what_a_kill_left_half_written_is_not_looked_at(straight, tmp_path):
     folder = Path(shutil.copytree(straight[0], tmp_path / "run"))
     (folder / "checkpoints" / "step_00000030.partial").mkdir()
     assert prepare(config_of(folder), 2).state.step == 20
+
+
+def test_another_engine_is_told_how_to_take_the_weights(copy):
+    with pytest.raises(ValueError, match=r"engine: fsdp, and deepspeed cannot read its optimizer.*launch/export\.py"):
+        checkpoint.inspect(copy, huggingface_config(config_of("x").model, max_length=128), "deepspeed")

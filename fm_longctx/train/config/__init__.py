@@ -12,6 +12,8 @@ from pathlib import Path
 from fm_longctx.data import ByteTokenizer
 from fm_longctx.train.config.data import DataConfig
 from fm_longctx.train.config.engine import check_engine
+from fm_longctx.train.config.evaluation import EvalConfig
+from fm_longctx.train.config.log import LogConfig
 from fm_longctx.train.config.model import ModelConfig
 from fm_longctx.train.config.optimization import OptimizerConfig, ScheduleConfig
 from fm_longctx.train.config.parallel import ParallelConfig
@@ -22,6 +24,8 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EvalConfig",
+    "LogConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -44,9 +48,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.eval.every is not None:
+            self.eval.data(self.data)
         slopes = self.schedule.warmup_steps + self.schedule.decay_steps
         if slopes > self.train.steps:
             raise ValueError(
@@ -83,6 +91,8 @@ class Config:
             )
         self.parallel.data_ranks(ranks)
         paths = self.data.local_paths | ({} if self.model.path is None else {"model.path": self.model.path})
+        if self.eval.every is not None and "data.path" in (held_out := self.eval.data(self.data).local_paths):
+            paths = paths | {"eval.path": held_out["data.path"]}
         for name, path in paths.items():
             if not Path(path).expanduser().exists():
                 raise ValueError(f"{name}={path!r} does not exist on this machine.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fm_longctx.train.config.check import at_least
+from fm_longctx.train.config.check import above_zero, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,14 @@ class CheckpointConfig:
     """Write one after the last step."""
     keep: int = 2
     """The newest so many are kept."""
+    asynchronous: bool = True
+    """Copy to the CPU's memory and write from there while training goes on. false: training waits for the disk."""
     load: str | None = None
     """A checkpoint folder (step_...) to start from, if train.folder has none of its own to resume from."""
+    export: bool = False
+    """After the last step, write the model in Hugging Face's form to train.folder/export."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported weights."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint", 1, every=self.every, keep=self.keep)
@@ -30,7 +36,7 @@ class TrainConfig:
     """The loop."""
 
     folder: str = "runs/train"
-    """Where config.yaml, metrics.jsonl, mask.png and checkpoints/ go."""
+    """The run folder: config.yaml, metrics.jsonl, checkpoints/ and more; docs/training.md lists them."""
     if_exists: Literal["refuse", "resume", "replace"] = "refuse"
     """What to do if the folder already holds a run: stop; go on from its last checkpoint; or delete that run."""
     steps: int = 100
@@ -57,7 +63,19 @@ class TrainConfig:
     loss_chunk: int = 1024
     """Tokens whose logits exist at once."""
     seed: int = 0
-    """Of the initial weights; they do not depend on the number of ranks."""
+    """Of the initial weights, which do not depend on the number of ranks, and of any dropout, which does."""
+    deterministic: bool = False
+    """Repeat every loss bit for bit on the same ranks: torch.use_deterministic_algorithms, and attention's own."""
+    spike_factor: float | None = None
+    """Skip a step whose loss or gradient norm is above this many times its running median. None: only if not finite."""
+    max_skipped: int = 3
+    """Steps that may be skipped within the last 100; one more ends the run. Each one's batch is saved in faults/."""
+    profile_steps: str | None = None
+    """Steps to trace on rank 0, as "10" or "10-12"; the trace goes to profile/. None: no trace."""
+    memory_history: bool = False
+    """Note every allocation on the GPU, so that the snapshot of an out-of-memory error says who holds what."""
+    peak_tflops: float | None = None
+    """What MFU is a share of, for one GPU. None: its dense bfloat16 peak, where that is known and used."""
     log_every: int = 10
     """Steps between printed lines where there is no terminal for a progress bar. metrics.jsonl has every step."""
 
@@ -72,9 +90,31 @@ class TrainConfig:
             loss_chunk=self.loss_chunk,
             log_every=self.log_every,
         )
-        at_least("train", 0, seed=self.seed)
+        at_least("train", 0, seed=self.seed, max_skipped=self.max_skipped)
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
                 "train.activation_offload moves what activation checkpoints keep, but train.activation_checkpointing "
                 "is none. Set it to selective or full."
             )
+        if self.peak_tflops is not None:
+            above_zero("train", peak_tflops=self.peak_tflops)
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(f"train.spike_factor must be above 1, got {self.spike_factor}.")
+        if self.profile_steps is not None:
+            last = self.profiled[-1]
+            if last > self.steps:
+                raise ValueError(f"train.profile_steps ends at {last}, after the last of train.steps={self.steps}.")
+
+    @property
+    def profiled(self) -> range:
+        """The steps of profile_steps; empty if there are none."""
+        if self.profile_steps is None:
+            return range(0)
+        first, _, last = self.profile_steps.partition("-")
+        try:
+            steps = range(int(first), int(last or first) + 1)
+        except ValueError:
+            steps = range(0)
+        if not steps or steps[0] < 1:
+            raise ValueError(f'train.profile_steps must look like "10" or "10-12", got {self.profile_steps!r}.')
+        return steps

@@ -111,6 +111,16 @@ def check_task(config: Config) -> None:
                 f"data.{name}={value} is for documents, but task.kind: {task.kind} reads records, which are never cut. "
                 "Leave it out."
             )
+    if task.kind != "pretrain" and config.eval.every is not None:
+        raise ValueError(
+            f"eval.every is for task.kind: pretrain, whose loss has a position in a document, got {task.kind}. Leave it "
+            "out."
+        )
+    if task.kind == "reward" and config.lora.r is None and config.checkpoint.export:
+        raise ValueError(
+            "checkpoint.export writes a language model, but task.kind: reward trains a score head in its place. Set "
+            "lora.r, whose adapters and head are exported, or leave it out."
+        )
     beyond = "lora" if config.lora.r is not None else f"task.kind: {task.kind}"
     if config.lora.r is not None or task.kind in ("dpo", "reward"):
         if parallel.engine != "fsdp":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from fm_longctx.train.config import Config
 
@@ -71,7 +72,10 @@ def start_process_group(config: Config) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=config.parallel.timeout_seconds)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            # torchrun keeps one store over its restarts, in which the dead ranks' addresses still are.
+            attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=size)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device
