@@ -240,7 +240,7 @@ def ranks_of(process):
     return found
 
 
-def wait_for(what, process, seconds=90):
+def wait_for(what, process, seconds=200):
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert process.poll() is None and time.monotonic() < deadline, "the job has ended, or nothing happens"
