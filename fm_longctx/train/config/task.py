@@ -113,7 +113,7 @@ def check_task(config: Config) -> None:
             )
     if task.kind != "pretrain" and config.eval.every is not None:
         raise ValueError(
-            f"eval.every is for task.kind: pretrain, whose loss has a position in a document, got {task.kind}. Leave it "
+            f"eval.every is for task.kind: pretrain, whose loss has positions in a document, got {task.kind}. Leave it "
             "out."
         )
     if task.kind == "reward" and config.lora.r is None and config.checkpoint.export:
