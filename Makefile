@@ -1,7 +1,7 @@
 # make demo    train a small model on two CPU processes, packed and context-parallel: the main job, in a few minutes
 # make test    every test
 # make checks  lint, types and test
-# make nightly thousands of random masks, where `make test` tries hundreds
+# make nightly thousands of random masks, where `make test` tries hundreds; and the tests marked slow
 #
 # Each makes .venv with what it needs, pinned in requirements/, and does so again only when those files change.
 # WORKERS=4 make test           runs test files in four processes, 2 if not said; 0 is pytest's own process alone.
@@ -26,11 +26,12 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	@echo "== Tests"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 nightly: $(VENV)/.dev
 	@echo "== Thousands of random masks"
 	@HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/mask tests/attention/test_properties.py --timeout=0
+	@$(BIN)/python -m pytest -m slow --timeout=0
 
 lint: $(VENV)/.dev
 	@echo "== Lint: ruff"

@@ -17,5 +17,20 @@ from tests import distributed, properties
 properties.load_profile()
 
 
+# Files with few tests that take long: begun last, one of two processes would be left with them alone.
+_LONG = (
+    "test_compile.py",
+    "test_example.py",
+    "test_engines.py",
+    "test_faults.py",
+    "test_launch.py",
+    "test_transformers.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 def pytest_sessionfinish(session, exitstatus):
     distributed.close()

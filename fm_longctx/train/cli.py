@@ -103,7 +103,8 @@ def _run(config: Config, resume: object, rank: int) -> int:
                 return 1
             message = f"another rank is gone, or did not come in time: {str(error).strip().splitlines()[0]}"
         if rank != 0 or elsewhere:
-            time.sleep(_PATIENCE_SECONDS)
+            # On one host torchrun soon ends whoever only lost another rank.
+            time.sleep(5 * _PATIENCE_SECONDS if elsewhere else _PATIENCE_SECONDS)
             message = f"rank {rank}: {message}"
         _say(message)
         return 1

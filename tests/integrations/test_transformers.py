@@ -233,7 +233,10 @@ def test_lora():
         ("aot_eager", "gemma3", "flashmask"),
         pytest.param(
             *("inductor", "llama", "flashmask"),
-            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU"),
+            ],
         ),
     ],
 )

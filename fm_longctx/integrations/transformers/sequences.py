@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fm_longctx.context_parallel.sums import sum_over_ranks
 from fm_longctx.data import IGNORED
 from fm_longctx.integrations.transformers.collator import PlannedContext
 
@@ -38,7 +39,7 @@ def sequence_log_probs(logits: Tensor, batch: Mapping[str, Any], num_sequences: 
     counted = (labels != IGNORED) & (ids >= 0)
     chosen = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
     total = torch.zeros(number, dtype=torch.float32, device=logits.device)
-    return _over_ranks(total.index_add(0, ids[counted], chosen.view_as(labels)[counted]), group)
+    return sum_over_ranks(total.index_add(0, ids[counted], chosen.view_as(labels)[counted]), group)
 
 
 def sequence_values(values: Tensor, batch: Mapping[str, Any], num_sequences: int | None = None) -> Tensor:
@@ -76,7 +77,7 @@ def sequence_values(values: Tensor, batch: Mapping[str, Any], num_sequences: int
             "empty, or segments of a tree that others continue. Give them as documents, pairs or completions."
         )
     total = torch.zeros(number, dtype=torch.float32, device=values.device)
-    return _over_ranks(total.index_add(0, ids[is_last], values[is_last]), group)
+    return sum_over_ranks(total.index_add(0, ids[is_last], values[is_last]), group)
 
 
 def dpo_loss(log_probs: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -136,31 +137,3 @@ def _largest(of_rank: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
         dist.all_reduce(of_rank, op=dist.ReduceOp.MAX, group=group)
     return of_rank
-
-
-def _over_ranks(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None:
-        return part
-    total: Tensor = _Sum.apply(part, group)
-    return total
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of all ranks' parts, for a loss that each of them computes alike.
-
-    The mean of the ranks' losses is that loss, and a part enters it by way of each rank: the sum of `size` equal
-    gradients, of which the trainer's average takes one size-th. So nothing is sent in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        import torch.distributed as dist
-
-        ctx.size = dist.get_world_size(group)
-        total = part.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None]:
-        return d_total * ctx.size, None

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fm_longctx.context_parallel.sums import sum_over_ranks
 from fm_longctx.data import Batch
 from fm_longctx.train.config.task import TaskConfig
 from fm_longctx.train.tasks import losses
 from fm_longctx.train.tasks.log_probs import sequence_log_probs
-from fm_longctx.train.tasks.ranks import sum_over_ranks
 from fm_longctx.train.tasks.stream import READ_AT
 
 

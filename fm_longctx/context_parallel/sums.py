@@ -12,9 +12,9 @@ from torch import Tensor
 def sum_over_ranks(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum of every rank's `part`, the same on all of them, for a loss that each of them computes alike from it.
 
-    The rule of a step is that each rank's loss is its *share*: the step's loss is the sum of the shares. Ranks that
-    all compute one loss from the same sums therefore count it 1 / size each. A rank's part enters all of these shares,
-    so its gradient is the sum of size equal terms: what comes back is multiplied by the size, and nothing is sent.
+    A trainer averages the gradients of the ranks' losses, or sums those of their *shares*, 1 / size of the loss each. A
+    rank's part enters the loss of every rank, so its gradient is the sum of size equal terms: what comes back is
+    multiplied by the size, and nothing is sent.
 
     Args:
         part: any shape, the same on every rank.
