@@ -1,5 +1,5 @@
 # make demo    train a small model on two CPU processes, packed and context-parallel: the main job, in a few minutes
-# make test    every test
+# make test    every test but those marked slow
 # make checks  lint, types and test
 # make nightly thousands of random masks, where `make test` tries hundreds; and the tests marked slow
 #
