@@ -6,14 +6,14 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, split in two so that e
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, hide, load_bounds, load_rows, load_vector, read_run
+from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, load_vector, read_run
 
 
 @triton.jit
 def backward_q_kernel(
     p_q,
-    p_k,
-    p_v,
+    k,  # a pointer or, if TMA, a descriptor, as v
+    v,
     p_dout,
     p_lse,
     p_delta,
@@ -60,6 +60,7 @@ def backward_q_kernel(
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -67,8 +68,7 @@ def backward_q_kernel(
     first = group * tl.num_programs(0)
     block = tl.load(p_order + first + tl.program_id(0))
     p_bounds += group * stride_bg
-    p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
-    p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
+    h_kv = h // KV_SHARE
 
     m0 = block * BLOCK_M
     o_m = m0 + tl.arange(0, BLOCK_M)
@@ -94,8 +94,10 @@ def backward_q_kernel(
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
             # [BN, D], [BN, DV]
-            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, EVEN, UPCAST)
-            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, EVEN, UPCAST)
+            b_k = fetch_rows(k, b, h_kv, n0, n_k, stride_kb, stride_kn, stride_kh, o_d, D, BLOCK_N, EVEN, UPCAST, TMA)
+            b_v = fetch_rows(
+                v, b, h_kv, n0, n_k, stride_vb, stride_vn, stride_vh, o_dv, D_V, BLOCK_N, EVEN, UPCAST, TMA
+            )
             # [BM, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if SOFTCAP:
@@ -120,11 +122,11 @@ def backward_q_kernel(
 
 @triton.jit
 def backward_kv_kernel(
-    p_q,
+    q,  # a pointer or, if TMA, a descriptor, as dout and stats
     p_k,
     p_v,
-    p_dout,
-    p_stats,
+    dout,
+    stats,
     p_dk,
     p_dv,
     p_bounds,
@@ -172,6 +174,7 @@ def backward_kv_kernel(
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h_kv = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -197,9 +200,7 @@ def backward_kv_kernel(
     for shared in range(KV_SHARE):
         h = h_kv * KV_SHARE + shared
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-        p_q_h = p_q + b * stride_qb + h * stride_qh
-        p_do_h = p_dout + b * stride_ob + h * stride_oh
-        p_stats_h = p_stats + (b * heads + h) * row_blocks * (2 * BLOCK_M)
+        first_row_block = (b * heads + h) * row_blocks
         p_hidden = p_bounds + group * stride_bg
         bounds = load_bounds(p_hidden, o_n[:, None], stride_bi, True, INTERVALS)
         run = tl.load(p_first + group * blocks + block)
@@ -208,16 +209,19 @@ def backward_kv_kernel(
             for tile in range(begin, end):
                 m0 = tile * BLOCK_M
                 o_r = tl.arange(0, BLOCK_M)[None, :]
-                # [1, BM]
-                p_row = p_stats_h + tile * (2 * BLOCK_M) + o_r
-                b_lse, b_delta = load_vector(p_row, n_q > 0), load_vector(p_row + BLOCK_M, n_q > 0)
-                # [BM, D], [BM, DV]
-                b_q = load_rows(p_q_h, m0, n_q, stride_qn, o_d, D, BLOCK_M, EVEN, UPCAST)
-                b_do = load_rows(p_do_h, m0, n_q, stride_on, o_dv, D_V, BLOCK_M, EVEN, UPCAST)
+                if not TMA:
+                    # [1, BM]
+                    p_row = stats + (first_row_block + tile) * (2 * BLOCK_M) + o_r
+                    b_lse, b_delta = load_vector(p_row, n_q > 0), load_vector(p_row + BLOCK_M, n_q > 0)
+                # [BM, D]
+                b_q = fetch_rows(q, b, h, m0, n_q, stride_qb, stride_qn, stride_qh, o_d, D, BLOCK_M, EVEN, UPCAST, TMA)
                 # [BN, BM]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                 if SOFTCAP:
                     b_s = cap_scores(b_s, scale, softcap)
+                if TMA:
+                    # Out of shared memory where they are needed, so that they occupy registers no longer.
+                    b_lse = stats.load([2 * (first_row_block.to(tl.int32) + tile), 0])
                 b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse)
                 if partial:
                     diagonal = m0 < block * BLOCK_N + BLOCK_N - 1 - (n_k - n_q)
@@ -225,8 +229,14 @@ def backward_kv_kernel(
                         b_p, m0 + o_r, o_n[:, None], diagonal, bounds, p_hidden, stride_bi, n_q, n_k, intervals, 0.0,
                         CAUSAL, INTERVALS,
                     )  # fmt: skip
+                # [BM, DV]
+                b_do = fetch_rows(
+                    dout, b, h, m0, n_q, stride_ob, stride_on, stride_oh, o_dv, D_V, BLOCK_M, EVEN, UPCAST, TMA
+                )
                 b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
                 b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+                if TMA:
+                    b_delta = stats.load([2 * (first_row_block.to(tl.int32) + tile) + 1, 0])
                 b_ds = b_p * (b_dp - b_delta)
                 if SOFTCAP:
                     b_ds = b_ds * (1.0 - b_s * b_s / (softcap * softcap))

@@ -6,14 +6,14 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's vi
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, hide, load_bounds, load_rows, read_run
+from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, read_run
 
 
 @triton.jit
 def forward_kernel(
     p_q,
-    p_k,
-    p_v,
+    k,  # a pointer or, if TMA, a descriptor, as v
+    v,
     p_out,
     p_lse,
     p_bounds,
@@ -55,6 +55,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -62,8 +63,7 @@ def forward_kernel(
     first = group * tl.num_programs(0)
     block = tl.load(p_order + first + tl.program_id(0))
     p_bounds += group * stride_bg
-    p_k += b * stride_kb + (h // KV_SHARE) * stride_kh
-    p_v += b * stride_vb + (h // KV_SHARE) * stride_vh
+    h_kv = h // KV_SHARE
 
     m0 = block * BLOCK_M
     o_m = m0 + tl.arange(0, BLOCK_M)
@@ -85,7 +85,7 @@ def forward_kernel(
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
             # [BN, D]
-            b_k = load_rows(p_k, n0, n_k, stride_kn, o_d, D, BLOCK_N, EVEN, UPCAST)
+            b_k = fetch_rows(k, b, h_kv, n0, n_k, stride_kb, stride_kn, stride_kh, o_d, D, BLOCK_N, EVEN, UPCAST, TMA)
             # [BM, BN]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if SOFTCAP:
@@ -104,7 +104,9 @@ def forward_kernel(
             b_decay = tl.exp2((b_top - b_anchor) * (factor * LOG2E))
             b_sum = b_sum * b_decay + tl.sum(b_p, 1)
             # [BN, DV]
-            b_v = load_rows(p_v, n0, n_k, stride_vn, o_dv, D_V, BLOCK_N, EVEN, UPCAST)
+            b_v = fetch_rows(
+                v, b, h_kv, n0, n_k, stride_vb, stride_vn, stride_vh, o_dv, D_V, BLOCK_N, EVEN, UPCAST, TMA
+            )
             b_out = b_out * b_decay[:, None]
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
             b_top = b_new

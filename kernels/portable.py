@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
-from fm_longctx.kernels.blocks import Blocks, choose
+from fm_longctx.kernels.blocks import Block, Blocks, choose
 from fm_longctx.kernels.delta import compute_delta as compute_delta
 from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.schedule import TileRuns, tile_runs
@@ -70,13 +71,13 @@ def forward(
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-    block = _blocks(q, v, mask.num_intervals).forward
+    block = _fetching(_blocks(q, v, mask.num_intervals).forward, k, v)
     runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
         forward_kernel[(runs.order.shape[1], h, b)](
             q,
-            k,
-            v,
+            _rows_of(k, block.n, block),
+            _rows_of(v, block.n, block),
             out,
             lse,
             runs.bounds,
@@ -92,7 +93,8 @@ def forward(
             **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
-            EVEN=k.shape[1] % block.n == 0,
+            EVEN=block.tma or k.shape[1] % block.n == 0,
+            TMA=block.tma,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -138,13 +140,13 @@ def query_gradient(
     if q.numel() == 0 or k.shape[1] == 0:
         return dq.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    block = _blocks(q, v, mask.num_intervals).query
+    block = _fetching(_blocks(q, v, mask.num_intervals).query, k, v)
     runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
         backward_q_kernel[(runs.order.shape[1], q.shape[2], q.shape[0])](
             q,
-            k,
-            v,
+            _rows_of(k, block.n, block),
+            _rows_of(v, block.n, block),
             dout,
             lse.contiguous(),
             delta.contiguous(),
@@ -162,7 +164,8 @@ def query_gradient(
             **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
-            EVEN=k.shape[1] % block.n == 0,
+            EVEN=block.tma or k.shape[1] % block.n == 0,
+            TMA=block.tma,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -187,15 +190,16 @@ def key_gradients(
     if q.numel() == 0 or k.shape[1] == 0:
         return dk.zero_(), dv.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    block = _blocks(q, v, mask.num_intervals).key
+    block = _fetching(_blocks(q, v, mask.num_intervals).key, q, dout)
     runs = tile_runs(mask, block.m, block.n, by_row=False)
+    stats = row_statistics(lse, delta, block.m)
     with torch.cuda.device_of(q):
         backward_kv_kernel[(runs.order.shape[1], k.shape[2], k.shape[0])](
-            q,
+            _rows_of(q, block.m, block),
             k,
             v,
-            dout,
-            row_statistics(lse, delta, block.m),
+            _rows_of(dout, block.m, block),
+            TensorDescriptor.from_tensor(stats, [1, block.m]) if block.tma else stats,
             dk,
             dv,
             runs.bounds,
@@ -211,7 +215,8 @@ def key_gradients(
             **_constants(q, k, v, mask, softcap),
             BLOCK_M=block.m,
             BLOCK_N=block.n,
-            EVEN=q.shape[1] % block.m == 0,
+            EVEN=block.tma or q.shape[1] % block.m == 0,
+            TMA=block.tma,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -221,6 +226,27 @@ def key_gradients(
 def _blocks(q: Tensor, v: Tensor, intervals: int) -> Blocks:
     capability = None if _INTERPRETED else torch.cuda.get_device_capability(q.device)
     return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]), intervals)
+
+
+def _fetching(block: Block, *tensors: Tensor) -> Block:
+    """The block, without TMA where heads of these `[B, N, H, D]` are not multiples of the 16 bytes that it needs."""
+    fits = all(x.shape[3] * x.element_size() % 16 == 0 for x in tensors)
+    return block if fits else block._replace(tma=False)
+
+
+def _rows_of(x: Tensor, rows: int, block: Block) -> Tensor | TensorDescriptor:
+    """What `fetch_rows` takes: x, or with TMA a descriptor that fetches `rows` positions of one head of it."""
+    if not block.tma:
+        return x
+
+    def fits(stride: int) -> bool:
+        return stride > 0 and stride * x.element_size() % 16 == 0
+
+    if x.data_ptr() % 16 or any(n > 1 and not fits(s) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)):
+        x = x.clone(memory_format=torch.contiguous_format)
+    # The stride of a dimension of size 1 may be anything.
+    strides = [s if fits(s) else x.shape[3] for s in x.stride()[:3]]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, _padded(x.shape[3])])
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -245,7 +271,11 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, softcap: float 
         "SOFTCAP": softcap is not None,
         "D": d,
         "D_V": d_v,
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(d_v)),
+        "BLOCK_D": _padded(d),
+        "BLOCK_DV": _padded(d_v),
         "UPCAST": _INTERPRETED and q.dtype == torch.bfloat16,
     }
+
+
+def _padded(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))

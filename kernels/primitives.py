@@ -30,6 +30,25 @@ def load_rows(
 
 
 @triton.jit
+def fetch_rows(
+    source, b, h, first, count, stride_b, stride_n, stride_h, o_d,
+    D: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile `[BLOCK, D padded]` of rows first.. of one head of `[B, N, H, D]`, as `load_rows`.
+
+    TMA: source is a descriptor of boxes `[1, BLOCK, 1, D padded]`; rows past the end are then zero. One thread sends
+    for the whole tile, so that no other computes an address or keeps one in registers.
+    """
+    if TMA:
+        b_rows = source.load([b.to(tl.int32), first, h.to(tl.int32), 0]).reshape(BLOCK, o_d.shape[1])
+        if UPCAST:
+            b_rows = b_rows.to(tl.float32)
+    else:
+        b_rows = load_rows(source + b * stride_b + h * stride_h, first, count, stride_n, o_d, D, BLOCK, EVEN, UPCAST)
+    return b_rows
+
+
+@triton.jit
 def load_vector(p, wanted):
     """What p, a row or column of pointers, points to; zeros unless `wanted`, a condition that is not known in advance.
 

@@ -82,9 +82,15 @@ def main() -> None:
 def portable(kind: str, dtype: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
     block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals), kind)
     constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
-    constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN, UPCAST=False)
+    constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN or block.tma, UPCAST=False, TMA=block.tma)
     options = dict(num_warps=block.warps, num_stages=block.stages)
-    types = {name: f"*{dtype}" for name in ("p_q", "p_k", "p_v", "p_out", "p_dout", "p_dq", "p_dk", "p_dv")}
+    names = ("p_q", "q", "p_k", "k", "p_v", "v", "p_out", "p_dout", "dout", "p_dq", "p_dk", "p_dv")
+    types = {name: f"*{dtype}" for name in names} | {"stats": "*fp32"}
+    if block.tma and kind != "key":
+        types |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1, {block.n}, 1, {d}]>")
+    if block.tma and kind == "key":
+        types |= dict.fromkeys(("q", "dout"), f"tensordesc<{dtype}[1, {block.m}, 1, {d}]>")
+        types["stats"] = f"tensordesc<fp32[1, {block.m}]>"
     return resources(PORTABLE[kind], types, constants, capability, options)
 
 
