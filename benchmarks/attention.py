@@ -1,9 +1,9 @@
 """The attention op against its peers: speed on the paper's masks, speed against sparsity, memory, schedule, GQA packs.
 
-    python -m benchmarks.attention --warm 10                         everything, on one GPU
-    python -m benchmarks.attention --sections cases --lengths 131072 --warm 10 --out <folder> --commit <hash>
+    python -m benchmarks.attention --warm 15                         everything, on one GPU
+    python -m benchmarks.attention --sections cases --lengths 131072 --warm 15 --out <folder> --commit <hash>
     python -m benchmarks.attention --quick                           three masks at 8K, D 128: does it all run?
-    python -m benchmarks.attention --smoke --out <folder>            every path on a CPU in seconds; figures are no use
+    TRITON_INTERPRET=1 python -m benchmarks.attention --smoke        every path on a CPU in seconds; figures are no use
     python -m benchmarks.attention --report benchmarks/results/<file>.jsonl      tables and pictures again; no GPU
 
 Sections (`--sections`, by number or name):
@@ -13,15 +13,19 @@ Sections (`--sections`, by number or name):
   4 schedule   ms and bytes of the tile schedule, beside one 32-head forward of packed causal documents, 1K to 1M tokens
   5 packs      GQA 64:8 and 32:4 on packs of documents of a published length mix, N 32K and 128K
 
-A cell is one mask at one shape; every competitor runs in this process on the same inputs. Before it is timed, a result
+A cell is one mask at one shape; every competitor runs in one process on the same inputs. Before it is timed, a result
 is compared with float32 attention that knows the mask by its rule in words (benchmarks/sampled_check.py); a wrong one
-is reported as WRONG and has no speed. One that raises is reported with its error. The samples of a batch share a mask.
+is reported as WRONG and has no speed. One that raises is reported with its error, one that kills its process or gives
+no answer for `--patience` seconds as failed. The samples of a batch share a mask.
 
-FlexAttention compiles a forward and a backward kernel for each cell, which is most of the time of a run without
-`--warm`; with it, worker processes fill the compilers' caches (`--cache`) beforehand. `--limit` ends a run in good
-order before a time limit from outside does. Rows are written as they are measured: the same command goes on where one
-ended, and `--also` takes rows of another file as measured. After a competitor that breaks the CUDA context, which is
-recorded, the process starts anew.
+Repetitions: `--budget-ms` of them, `--least` at the least; calls of more than `--long-ms` run twice, and the second is
+their time. Every cell's block mask, tile schedule and compilation is made before it is timed.
+
+FlexAttention compiles a forward and a backward kernel for each cell, and ours for each kind of mask. `--warm` processes
+do so at once, before anything is timed; then each measures the cells that it compiled for, one process at a time, while
+the others leave the GPU alone. `--limit` ends a run in good order before a time limit from outside does. Rows are
+written as they are measured: the same command goes on where one ended, and `--also` takes rows of another file as
+measured.
 
 Writes <out>/<date>-attention.jsonl (the rows), .csv, .md and one .png a section.
 """
@@ -30,26 +34,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import costs
 from benchmarks.cells import PRESETS, SECTIONS, Cell, Sizes, section_cells
+from benchmarks.crew import Crew, Timing, measure
 from benchmarks.environment import environment
-from benchmarks.peers import OURS, Settings, competitors
-from benchmarks.race import ContextLost, race
+from benchmarks.peers import OURS, Settings
 from benchmarks.records import Records, Row, read
-from benchmarks.report import write_report
 from benchmarks.tables import tflops
 from benchmarks.timing import Timer
-from benchmarks.warm import configure_compiler, use_caches, warm
+from benchmarks.warm import configure_compiler, jobs, use_caches
 
 RACED = ("hopper", "triton", "flex", "cudnn", "flash", "dense", "fa4")
 COMPETITORS = {
@@ -60,8 +60,6 @@ COMPETITORS = {
     "packs": ("hopper", "triton", "flex", "fa4"),
 }
 ON_REQUEST = ("flex_tuned",)  # minutes of tuning a cell
-# Memory only: an N x N mask at four heads is worth a look beyond the lengths at which it is timed.
-DENSE_MEMORY_LIMIT = 32768
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,51 +68,77 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [row for file in options.report for row in read(file)]
         last = rows[-1]
         rows = [row for row in rows if (row["device"], row["commit"]) == (last["device"], last["commit"])]
-        print(write_report(options.report[-1].with_suffix(""), rows))
+        report(options.report[-1].with_suffix(""), rows)
         return
-    deadline = time.monotonic() + options.limit
+    begin = time.monotonic()
     device = "cpu" if options.smoke else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --smoke runs every path on a CPU, --report needs none.")
     use_caches(options.cache)
-    configure_compiler()
-    about = environment(options.commit)
-    records = Records(options.out / f"{options.date or about['date']}-attention.jsonl", about, options.also)
-    print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
-
-    sizes = chosen_sizes(options)
     settings = Settings(dense_limit=options.dense_limit, dense_cases=tuple(options.dense_cases))
-    pending = [
-        (cell, missing)
-        for section in options.sections
-        for cell in section_cells(section, sizes)
-        if (missing := records.missing(cell, names_of(section, options), retry=options.retry))
-    ]
-    raced = [cell for cell, _ in pending if cell.section in ("cases", "sparsity", "packs")]
-    if options.warm:
-        names = sorted({name for cell, missing in pending if cell in raced for name in missing})
-        warm(raced, names, settings, options.warm, device)
-    timer = Timer(device, budget_ms=0.0 if options.smoke else options.budget_ms, least=options.least)
-    compiled: tuple[object, ...] | None = None
-    for cell, missing in pending:
-        if time.monotonic() > deadline:
-            print("stopped at --limit; the same command goes on from here", flush=True)
+    timing = Timing(budget_ms=0.0 if options.smoke else options.budget_ms, least=options.least, long_ms=options.long_ms)
+    deadline = begin + options.limit
+    with ExitStack() as stack:
+        crew = None
+        if options.warm or device == "cuda":
+            crew = Crew(max(1, options.warm), settings, device, timing, deadline=deadline, patience=options.patience)
+            stack.enter_context(crew)
+        about = environment(options.commit)
+        records = Records(options.out / f"{options.date or about['date']}-attention.jsonl", about, options.also)
+        print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
+        sizes = chosen_sizes(options)
+        pending = [
+            (cell, missing)
+            for section in options.sections
+            for cell in section_cells(section, sizes)
+            if (missing := records.missing(cell, names_of(section, options), retry=options.retry))
+        ]
+        if crew and options.warm:
+            crew.compile(jobs(pending))
+        compiled = time.monotonic()
+        print(f"compiled in {compiled - begin:.0f} s", flush=True)
+        timed = run(pending, records, deadline, crew, settings, timing, device)
+    measured = time.monotonic()
+    report(records.path.with_suffix(""), records.rows())
+    print(
+        f"seconds: start and compiling {compiled - begin:.0f}; cells {measured - compiled:.0f}, of which repetitions "
+        f"{timed:.0f}; report {time.monotonic() - measured:.0f}; all {time.monotonic() - begin:.0f}"
+    )
+
+
+def run(
+    pending: list[tuple[Cell, list[str]]],
+    records: Records,
+    deadline: float,
+    crew: Crew | None,
+    settings: Settings,
+    timing: Timing,
+    device: str,
+) -> float:
+    """Measure what is missing, in the crew or, without one, here; returns the seconds that repetitions took."""
+    if crew is None:
+        configure_compiler()
+        timer = Timer(device, **dataclasses.asdict(timing))
+    timed = 0.0
+    for done, (cell, missing) in enumerate(pending):
+        begin = time.monotonic()
+        if begin >= deadline:
+            left = sum(bool(records.missing(cell, missing)) for cell, missing in pending[max(0, done - 1) :])
+            print(f"stopped at --limit, {left} cells to go; the same command goes on from here", flush=True)
             break
-        if cell.compilation != compiled:
-            torch._dynamo.reset()  # guards of the cells before would be tried at every call
-            compiled = cell.compilation
-        try:
+        for row in crew.measure(cell, missing) if crew else measure(cell, missing, settings, device, timer):
+            row["seconds"] = round(time.monotonic() - begin, 2)
+            timed += row.get("timed_seconds", 0.0)
+            print(line(records.add(cell, row)), flush=True)
             begin = time.monotonic()
-            for row in measure(cell, missing, settings, device, timer):
-                row["seconds"] = round(time.monotonic() - begin, 2)
-                print(line(records.add(cell, row)), flush=True)
-                begin = time.monotonic()
-        except ContextLost as lost:
-            print(f"the CUDA context is lost, starting anew: {lost}", flush=True)
-            left = max(1.0, deadline - time.monotonic())
-            again = [*sys.orig_argv[1:], "--warm", "0", "--limit", str(left), "--no-retry"]
-            os.execv(sys.executable, [sys.executable, *again])
-    print(write_report(records.path.with_suffix(""), records.rows()))
+    return timed
+
+
+def report(stem: Path, rows: list[Row]) -> None:
+    # Only here: the processes that measure import this module, and need no pictures.
+    from benchmarks.report import write_report
+
+    print(write_report(stem, rows))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -134,9 +158,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--budget-ms", type=float, default=80.0, help="measuring time a competitor and direction")
     parser.add_argument("--least", type=int, default=3, help="fewest repetitions")
+    parser.add_argument("--long-ms", type=float, default=400.0, help="a call beyond this runs twice, the second counts")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile beforehand; 0: none")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds for a competitor; flex_tuned needs more")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fm_longctx_benchmark_cache")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new cell begins")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds after which the run stops, whatever it is at"
+    )
     parser.add_argument("--retry", action=argparse.BooleanOptionalAction, help="measure again what failed or was wrong")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results; with --smoke a new temporary one)")
     parser.add_argument("--date", help="of the file to go on with; today if not given")
@@ -171,15 +199,6 @@ def names_of(section: str, options: argparse.Namespace) -> list[str]:
     if options.smoke:
         names = ["reference", *(name for name in names if name not in OURS)]
     return [name for name in names if not options.competitors or name in options.competitors]
-
-
-def measure(cell: Cell, names: list[str], settings: Settings, device: str, timer: Timer) -> Iterator[Row]:
-    if cell.section == "memory":
-        settings = dataclasses.replace(settings, dense_limit=max(settings.dense_limit, DENSE_MEMORY_LIMIT))
-        return costs.memory(cell, competitors(names, settings), device)
-    if cell.section == "schedule":
-        return costs.schedule(cell, names, device, timer)
-    return race(cell, competitors(names, settings), device, timer)
 
 
 def line(row: Row) -> str:

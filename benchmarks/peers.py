@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +122,7 @@ def _flex() -> list[Peer]:
         mask_mod = scenario.mask_mod(device)
         blocks = None if mask_mod is None else make_block_mask(mask_mod, n, device)
         leaves, dout = _heads_first(inputs)
-        # fullgraph: an error instead of the unfused form, which holds N x N scores.
-        attend: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
+        attend: Any = _compiled_flex(mode)
         if not on_gpu:
             # Not compiled, and no backward: it has none on a CPU.
             attend, leaves = flex_attention, [x.detach() for x in leaves]
@@ -151,6 +150,13 @@ def _flex() -> list[Peer]:
     ]
 
 
+@cache
+def _compiled_flex(mode: str | None) -> Any:
+    """One for all cells: what a process has compiled for a cell it finds again when it measures it."""
+    # fullgraph: an error instead of the unfused form, which holds N x N scores.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
+
+
 def _sdpa() -> list[Peer]:
     def refusal(cell: Cell, scenario: Scenario, device: str) -> str | None:
         if scenario.plain is None:
@@ -168,9 +174,11 @@ def _sdpa() -> list[Peer]:
 
         return Run(forward, leaves, dout, _swap)
 
+    cudnn = partial(prepare, backend=SDPBackend.CUDNN_ATTENTION)
     return [
-        Peer(name=name, refusal=refusal, prepare=partial(prepare, backend=backend))
-        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+        # Its execution plans take seconds to make. It knows no mask that hides everything, so warming is running.
+        Peer(name="cudnn", refusal=refusal, prepare=cudnn, warm=cudnn),
+        Peer(name="flash", refusal=refusal, prepare=partial(prepare, backend=SDPBackend.FLASH_ATTENTION)),
     ]
 
 

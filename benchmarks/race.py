@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,27 +25,27 @@ def race(cell: Cell, peers: Sequence[Peer], device: str, timer: Timer) -> Iterat
     """One row a competitor: `status`, and times in ms if it is `ok`. One that fails is a row with the error's text.
 
     The forward is timed as in training, with what the backward needs kept; the backward by `torch.autograd.grad` for a
-    fixed dout.
+    fixed dout. `timed_seconds` is what the repetitions took, of the row's time.
 
     Raises:
         ContextLost: after the row of a competitor that left the GPU unusable.
     """
     mask = scenario(cell.case, cell.n, cell.seed)
     area = int(mask.case.mask.area().sum())
-    inputs = want = None
+    common: tuple[Inputs, Expected] | None = None
     for peer in peers:
         row: dict[str, Any] = {"competitor": peer.name, "area": area}
         try:
             reason = peer.refusal(cell, mask, device)
-        except Exception as error:  # such as a backend whose language this Triton lacks
-            row |= {"status": FAILED, "note": _text(error)}
-        else:
             if reason is not None:
                 row |= {"status": REFUSED, "note": reason}
             else:
-                inputs = inputs or make_inputs(cell, device)
-                want = want or expected(*inputs, mask.case.visible)
-                row |= _attempt(peer, inputs, mask, want, timer)
+                if common is None:
+                    inputs = make_inputs(cell, device)
+                    common = inputs, expected(*inputs, mask.case.visible)
+                row |= _measure(peer, common[0], mask, common[1], timer)
+        except Exception as error:  # whatever a competitor raises is its result
+            row |= {"status": FAILED, "note": describe(error)}
         yield row
         if row["status"] == FAILED:
             gc.collect()  # the traceback's frames, which hold gigabytes
@@ -53,14 +54,7 @@ def race(cell: Cell, peers: Sequence[Peer], device: str, timer: Timer) -> Iterat
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError as error:
-                raise ContextLost(f"{peer.name} on {cell.key}: {_text(error)}") from error
-
-
-def _attempt(peer: Peer, inputs: Inputs, mask: Scenario, want: Expected, timer: Timer) -> dict[str, Any]:
-    try:
-        return _measure(peer, inputs, mask, want, timer)
-    except Exception as error:  # whatever a competitor raises is its result
-        return {"status": FAILED, "note": _text(error)}
+                raise ContextLost(f"{peer.name} on {cell.key}: {describe(error)}") from error
 
 
 def _measure(peer: Peer, inputs: Inputs, mask: Scenario, want: Expected, timer: Timer) -> dict[str, Any]:
@@ -83,6 +77,7 @@ def _measure(peer: Peer, inputs: Inputs, mask: Scenario, want: Expected, timer: 
     wrong = [name for name, ratio in ratios.items() if not ratio <= 1]  # a NaN is not <=
     if wrong:
         return worst | {"status": WRONG, "note": f"{', '.join(wrong)} beyond what rounding allows"}
+    begin = time.monotonic()
     forward = timer.finish(run.forward, first_forward)
     row = worst | {"status": OK, "forward_ms": forward.ms, "forward_low": forward.low, "forward_high": forward.high}
     row |= {"forward_reps": forward.reps}
@@ -90,8 +85,8 @@ def _measure(peer: Peer, inputs: Inputs, mask: Scenario, want: Expected, timer: 
         timing = timer.finish(backward, first_backward)
         row |= {"backward_ms": timing.ms, "backward_low": timing.low, "backward_high": timing.high}
         row |= {"backward_reps": timing.reps}
-    return row
+    return row | {"timed_seconds": round(time.monotonic() - begin, 2)}
 
 
-def _text(error: Exception) -> str:
+def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip() or 'no text'}"[:600]

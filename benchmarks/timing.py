@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,17 +30,26 @@ class Timer:
 
     As `triton.testing.do_bench`, but the repetitions are spent where they are needed: until `budget_ms` is used, at
     least `least` of them. A call that alone takes more than the budget is run `least` times in all, its first run
-    included, which may have compiled: the median of three leaves that one out.
+    included, which may have compiled: the median of three leaves that one out. A call of more than `long_ms` averages
+    over itself: it is run twice, and the second run is its time.
 
     On a GPU CUDA events time what the stream does, and the repetitions are queued at once, so that the host's own time
     is hidden wherever the kernels take longer. On a CPU it is wall-clock time.
     """
 
-    def __init__(self, device: str, *, budget_ms: float = 80.0, least: int = 3, most: int = 50) -> None:
+    def __init__(
+        self,
+        device: str,
+        *,
+        budget_ms: float = 80.0,
+        least: int = 3,
+        most: int = 50,
+        long_ms: float = math.inf,
+    ) -> None:
         if least < 3:
             raise ValueError(f"least must be 3 or more, so that a median leaves out the first run; got {least}.")
         self._cuda = torch.device(device).type == "cuda"
-        self._budget, self._least, self._most = budget_ms, least, most
+        self._budget, self._least, self._most, self._long = budget_ms, least, most, long_ms
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self._cuda else None
 
     def once(self, function: Callable[[], Result]) -> tuple[Result, float]:
@@ -51,7 +61,9 @@ class Timer:
     def finish(self, function: Callable[[], object], first_ms: float) -> Timing:
         """The timing of a function that `once` has run before, in `first_ms`."""
         (second_ms,) = self._repeat(function, 1)
-        if second_ms >= self._budget:
+        if second_ms >= self._long:
+            samples = [second_ms]
+        elif second_ms >= self._budget:
             samples = [first_ms, second_ms, *self._repeat(function, self._least - 2)]
         else:
             fitting = round(self._budget / max(second_ms, 1e-3))

@@ -1,25 +1,30 @@
-"""Compiles what the cells will run, in many processes at once, into the caches that the timing process then reads.
+"""Compiles what the cells will run, in many processes at once: one after the other it would take longer than to time.
 
-Inductor's cache is keyed by the graph (FlexAttention's mask function with it), the shapes, strides and dtypes of its
-inputs, and the configuration; Triton's by the kernel's source and how its arguments specialise. So the workers run
-every cell at its own shapes, but under a mask that hides everything, which costs next to nothing; and q, k, v and dout
-share their storage, so that many workers fit on the card together.
+Our kernels, and FlashAttention-4's, go through their compilers' caches on disk: one process compiles what many cells
+share, and each finds it there. A graph of FlexAttention, and a plan of cuDNN, is kept by the process that made it,
+which then measures its cells. All are compiled by running them at the cells' own shapes, but under a mask that hides
+everything, which costs next to nothing; and q, k, v and dout share their memory, so that many processes fit on a card.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.cells import Cell, scenario
-from benchmarks.peers import OURS, Inputs, Settings, competitors, dtype_on
+from benchmarks.peers import OURS, Inputs, Peer, Settings, competitors, dtype_on
+
+CACHED = (*OURS, "fa4")
+"""Compiled into a cache on disk, for any process and length."""
+KEPT = ("flex", "cudnn")
+"""Compiled for a cell's shape, and at hand in the process that did it."""
+RACED = ("cases", "sparsity", "packs")
+OUT_OF_MEMORY_ATTEMPTS = 8
 
 
 def use_caches(folder: Path) -> None:
@@ -31,78 +36,106 @@ def use_caches(folder: Path) -> None:
 
 
 def configure_compiler() -> None:
-    """What the timing process and the workers must agree on: it is part of the cache's key."""
+    """What holds in every process that compiles or measures."""
+    import torch._dynamo.config
     import torch._functorch.config
 
     # A backward that may run twice (retain_graph) cannot overwrite what the forward saved.
     torch._functorch.config.donated_buffer = False
+    # A process compiles FlexAttention for many shapes and masks; at the limit it would refuse one more.
+    torch._dynamo.config.recompile_limit = 256
 
 
-def warm(cells: Sequence[Cell], names: Sequence[str], settings: Settings, workers: int, device: str) -> None:
-    """Compile for the cells in up to `workers` processes, fewer if the card has no room for them."""
-    first_of = {cell.compilation: cell for cell in reversed(cells)}
-    jobs = list(reversed(first_of.values()))
-    if not jobs:
-        return
-    if device != "cpu":
-        # out and three gradients beside the shared input, one more for what the kernels add, and a CUDA context.
-        largest = max(2 * cell.batch * cell.n * cell.heads * cell.d for cell in jobs)
-        room = torch.cuda.mem_get_info()[0]
-        workers = max(1, min(workers, int(0.9 * room // (6 * largest + 2**30))))
-    begin = time.monotonic()
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers are the parallelism
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, initializer=_start) as pool:
-        futures = {}
-        for cell in jobs:
-            # FlashAttention-4 compiles for any length, and at length.
-            shortest = min(other.n for other in jobs if other.section == cell.section)
-            wanted = [name for name in names if name != "fa4" or cell.n == shortest]
-            futures[pool.submit(_compile, cell, wanted, settings, device)] = cell
-        try:
-            for future in as_completed(futures):
-                for trouble in future.result():
-                    print(f"warm-up of {futures[future].key}: {trouble}", flush=True)
-        except BrokenProcessPool as error:
-            # Nothing is lost but time: the timing process compiles what it does not find, and reports what fails.
-            print(f"warm-up ended early: {error}", flush=True)
-    print(f"warmed {len(jobs)} compilations with {workers} processes in {time.monotonic() - begin:.0f} s", flush=True)
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process compiles at a time."""
+
+    cells: tuple[Cell, ...]
+    names: tuple[str, ...]
+    """Of competitors."""
+    backward: bool = True
+    keeps: bool = False
+    """What it compiles is at hand only in the process that does."""
 
 
-def _start() -> None:
-    configure_compiler()
-    torch.set_num_threads(1)
+def jobs(pending: Sequence[tuple[Cell, Sequence[str]]]) -> list[Job]:
+    """The compilations of these cells and competitors, the longest first.
+
+    Args:
+        pending: cells, each with the competitors that are to be measured on it.
+    """
+    shared: dict[tuple[object, ...], dict[tuple[int, int], Cell]] = {}
+    kept: dict[tuple[object, ...], Job] = {}
+    for cell, names in pending:
+        mask = scenario(cell.case, cell.n, cell.seed).case.mask
+        backward = cell.section != "schedule"
+        for name in names:
+            if name in CACHED and (name in OURS or cell.section in RACED):
+                kind = (mask.num_intervals, mask.causal) if name in OURS else (cell.case.split("@")[0],)
+                key = (name, *kind, cell.d, cell.heads, cell.kv_heads, backward)
+                # Lengths and batches may differ in how the compiler specialises them.
+                shared.setdefault(key, {}).setdefault((cell.n, cell.batch), cell)
+        graphs = tuple(name for name in names if name in KEPT and cell.section in RACED)
+        if graphs:
+            kept.setdefault(cell.compilation, Job(cells=(cell,), names=graphs, keeps=True))
+    found = []
+    for key, by_shape in shared.items():
+        cells = [by_shape[shape] for shape in sorted(by_shape)]
+        # FlashAttention-4 compiles for any length, and at length.
+        found.append(
+            Job(cells=tuple(cells[:1] if key[0] == "fa4" else cells), names=(str(key[0]),), backward=bool(key[-1]))
+        )
+    return found + sorted(kept.values(), key=lambda job: -job.cells[0].n)
 
 
-def _compile(cell: Cell, names: Sequence[str], settings: Settings, device: str) -> list[str]:
-    """Runs forward and backward of each competitor once; returns what went wrong."""
-    torch._dynamo.reset()
-    mask = scenario(cell.case, cell.n, cell.seed)
+def compile_job(job: Job, settings: Settings, device: str) -> list[str]:
+    """Runs forward and backward of each competitor once on each cell; returns what went wrong."""
     troubles = []
-    for peer in competitors(names, settings):
-        try:
-            if peer.warm is None or peer.refusal(cell, mask, device) is not None:
-                continue
-            run = peer.warm(_shared_inputs(cell, device, heads_first=peer.name not in (*OURS, "fa4")), mask)
-            out = run.forward()
-            if run.leaves:
-                torch.autograd.grad(out, run.leaves, run.dout)
-            del run, out
-        except Exception as error:  # the timing process meets it again and records it
-            troubles.append(f"{peer.name}: {type(error).__name__}: {str(error)[:200]}")
-        if device != "cpu":
-            torch.cuda.empty_cache()
+    for cell in job.cells:
+        for peer in competitors(job.names, settings):
+            for attempt in range(OUT_OF_MEMORY_ATTEMPTS):
+                trouble = _compile(cell, peer, job.backward, device)
+                if device != "cpu":
+                    torch.cuda.empty_cache()
+                if trouble is None or not trouble.startswith("OutOfMemoryError"):
+                    break
+                time.sleep(1 + attempt)  # the other processes need the memory for a moment only
+            if trouble is not None:
+                # The timing meets it again and records it.
+                troubles.append(f"{cell.key}, {peer.name}: {trouble}")
     return troubles
 
 
-def _shared_inputs(cell: Cell, device: str, *, heads_first: bool) -> Inputs:
-    """Zeros, q and dout in one storage, k and v in one. `heads_first`: as `[B, H, N, D]` they are contiguous."""
+def _compile(cell: Cell, peer: Peer, backward: bool, device: str) -> str | None:
+    mask = scenario(cell.case, cell.n, cell.seed)
+    try:
+        if peer.warm is None or peer.refusal(cell, mask, device) is not None:
+            return None
+        run = peer.warm(shared_inputs(cell, device, heads_first=peer.name not in CACHED), mask)
+        out = run.forward()
+        if run.leaves and backward:
+            torch.autograd.grad(out, run.leaves, run.dout)
+        if device != "cpu":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def shared_inputs(cell: Cell, device: str, *, heads_first: bool) -> Inputs:
+    """Zeros, q and dout in one memory, k and v too. `heads_first`: as `[B, H, N, D]` they are contiguous.
+
+    Each has a storage of its own over that memory: to `torch.compile` they do not alias, as the real ones do not.
+    """
 
     def zeros(heads: int) -> torch.Tensor:
         shape = (cell.batch, heads, cell.n, cell.d) if heads_first else (cell.batch, cell.n, heads, cell.d)
-        x = torch.zeros(shape, dtype=dtype_on(device), device=device)
-        return x.transpose(1, 2) if heads_first else x
+        return torch.zeros(shape, dtype=dtype_on(device), device=device)
+
+    def view(x: torch.Tensor) -> torch.Tensor:
+        own = torch.from_dlpack(x)
+        return own.transpose(1, 2) if heads_first else own
 
     q = zeros(cell.heads)
     k = q if cell.kv_heads == cell.heads else zeros(cell.kv_heads)
-    return Inputs(q, k, k, q)
+    return Inputs(view(q), view(k), view(k), view(q))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch._functorch.config
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks import attention, tables, timing
+from benchmarks import attention, crew, peers, tables, timing
 from benchmarks.attention_check import dense
 from benchmarks.cells import PAPER_CASES, PRESETS, Cell, Scenario, Sizes, scenario, section_cells
 from benchmarks.mask_mods import block_mask, block_mask_bytes, empty_block_mask
@@ -20,7 +20,7 @@ from benchmarks.records import Records, read
 from benchmarks.sampled_check import errors, expected
 from benchmarks.sparsity import band_of_blocks, document_lengths_at, fit_line, pays_until
 from benchmarks.targets import targets_table
-from benchmarks.warm import _compile
+from benchmarks.warm import Job, compile_job, jobs, shared_inputs
 
 ABOUT = {"date": "2026-01-01", "device": "CPU", "torch": "2", "triton": "3", "cuda": "none", "python": "3"}
 ABOUT |= {"commit": "abc", "command": "python"}
@@ -214,8 +214,136 @@ def test_an_unknown_competitor_is_named():
         competitors(["reference", "fa3"], Settings())
 
 
-def test_warming_runs_without_trouble():
-    assert _compile(cell("qk_sparse"), ["reference", "flex", "dense"], Settings(), "cpu") == []
+# What is compiled beforehand
+
+
+def test_compiling_runs_without_trouble_and_tells_of_it():
+    names = ("reference", "flex", "cudnn")
+    assert compile_job(Job(cells=(cell("qk_sparse"), cell("full")), names=names), Settings(), "cpu") == []
+    (trouble,) = compile_job(Job(cells=(cell(d=8, kv_heads=3),), names=("flex",)), Settings(), "cpu")
+    assert trouble.startswith("cases/causal_document/") and "flex: ValueError" in trouble
+
+
+def test_each_kernel_and_each_graph_is_compiled_once():
+    names = ["hopper", "triton", "flex", "cudnn", "flash", "dense", "fa4"]
+    found = jobs([(c, names) for c in section_cells("cases", Sizes(lengths=(96, 192), head_dims=(64,), tokens=192))])
+    shared, kept = [job for job in found if not job.keeps], [job for job in found if job.keeps]
+    assert found == shared + kept
+    # Full, causal, and one interval causal, two, one: each for both lengths; FlashAttention-4 once a mask.
+    for ours in ("hopper", "triton"):
+        kinds = [job for job in shared if job.names == (ours,)]
+        assert len(kinds) == 5 and all([c.n for c in job.cells] == [96, 192] for job in kinds)
+    assert [len(job.cells) for job in shared if job.names == ("fa4",)] == [1] * 12
+    assert len({job.cells[0].compilation for job in kept}) == len(kept) == 24
+    assert {job.names for job in kept} == {("flex", "cudnn")}
+
+    # One compilation for all sparsities; memory and schedule run no FlexAttention, the schedule no backward.
+    bands = [(c, names) for c in section_cells("sparsity", Sizes(sparsity_length=4096, tokens=4096))]
+    assert sum(job.keeps for job in jobs(bands)) == 2
+    rest = [(c, names) for s in ("memory", "schedule") for c in section_cells(s, PRESETS["smoke"])]
+    assert {(job.names, job.backward, len(job.cells)) for job in jobs(rest)} == {
+        ((ours,), backward, 2) for ours in ("hopper", "triton") for backward in (True, False)
+    }
+    assert jobs([(c, ["flex"]) for c, _ in bands[:1]])[0].names == ("flex",)
+
+
+def test_what_was_compiled_for_a_hidden_mask_serves_the_real_one():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    attend = torch.compile(flex_attention, backend=backend, dynamic=False, fullgraph=True)
+    one, forms = cell("shared_question", kv_heads=4), scenario("shared_question", 96, 0)
+    for inputs, make in (
+        (shared_inputs(one, "cpu", heads_first=True), empty_block_mask),
+        (make_inputs(one, "cpu"), block_mask),
+    ):
+        leaves, _ = peers._heads_first(inputs)
+        attend(*(x.detach() for x in leaves), block_mask=make(forms.mask_mod("cpu"), 96, "cpu"))
+    assert len(graphs) == 1
+    assert inputs.q.shape == shared_inputs(one, "cpu", heads_first=False).q.shape
+
+
+# A process that measures
+
+
+@pytest.fixture
+def crew_of_one(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    made = crew.Timing(budget_ms=0.0, least=3, long_ms=400.0)
+    with crew.Crew(1, Settings(), "cpu", made, deadline=math.inf, patience=100.0) as one:
+        yield one
+
+
+def test_a_process_that_gives_no_answer_is_a_row_and_is_replaced(crew_of_one):
+    one = crew_of_one
+    one.compile([Job(cells=(cell(),), names=("reference",), keeps=True)])
+    rows = list(one.measure(cell(), ["reference", "cudnn", "fa3", "dense"]))
+    # An unknown name fails before anything is measured; the process goes on.
+    assert [row["status"] for row in rows] == [*["failed"] * 3, "ok"] and "'fa3'" in rows[0]["note"]
+    assert [row["status"] for row in one.measure(cell(), ["reference", "cudnn"])] == ["ok", "refused"]
+
+    first = one._members[0].process
+    first.kill()
+    first.join()
+    one.compile([Job(cells=(cell(),), names=("reference",))])
+    assert one._members[0].process is not first
+
+    one._patience = 0.0  # nothing answers at once
+    (row,) = one.measure(cell(), ["reference"])
+    assert row["status"] == "failed" and "--patience" in row["note"]
+    one._deadline = 0.0
+    assert list(one.measure(cell(), ["reference"])) == []
+
+
+def test_a_lost_context_costs_its_process_and_no_other_competitor(monkeypatch):
+    class Connection:
+        def __init__(self, *tasks):
+            self.tasks, self.sent = list(tasks), []
+
+        def recv(self):
+            if not self.tasks:
+                raise EOFError
+            return self.tasks.pop(0)
+
+        def send(self, message):
+            self.sent.append(message)
+
+    def breaks(cell, names, settings, device, timer):
+        yield {"competitor": names[0], "status": "failed", "note": "illegal memory access"}
+        raise ContextLost("gone")
+
+    made = crew.Timing(budget_ms=0.0, least=3, long_ms=400.0)
+    monkeypatch.setattr(crew, "measure", breaks)
+    worker = Connection((cell(), ("hopper", "flex")), (cell(), ("flex",)))
+    crew._work(worker, Settings(), "cpu", made)
+    assert [kind for kind, _ in worker.sent] == ["row", "lost"] and len(worker.tasks) == 1
+
+    # The other end takes a new process for the competitors that are left, as it does when one dies.
+    class Answers(Connection):
+        def poll(self, timeout):
+            return True
+
+    ok = ("row", {"competitor": "triton", "status": "ok"}), ("done", None)
+    ends = [Answers(*worker.sent), Answers(), Answers(*ok)]
+    monkeypatch.setattr(crew.Crew, "_start", lambda self: crew._Member(Process(), ends.pop(0)))
+
+    class Process:
+        exitcode = -11
+
+        def kill(self):
+            pass
+
+        def join(self):
+            pass
+
+    with crew.Crew(1, Settings(), "cpu", made, deadline=math.inf, patience=100.0) as one:
+        rows = {row["competitor"]: row for row in one.measure(cell(), ["hopper", "flex", "triton"])}
+        assert [row["status"] for row in rows.values()] == ["failed", "failed", "ok"]
+        assert rows["hopper"]["note"] == "illegal memory access" and "exit code -11" in rows["flex"]["note"]
+        assert one._members[0].connection.sent == [(cell(), ("triton",))]
 
 
 # Time
@@ -249,6 +377,13 @@ def test_the_budget_is_spent_and_the_first_call_left_out(durations, median, call
     with patch.object(timing, "time", clock):
         result = timing.Timer("cpu", budget_ms=80)(clock.call)
     assert result.ms == pytest.approx(median) and clock.calls == calls
+
+
+def test_a_long_call_runs_twice_and_the_second_counts():
+    clock = Clock(5000, 410, 1000)
+    with patch.object(timing, "time", clock):
+        result = timing.Timer("cpu", long_ms=400)(clock.call)
+    assert (result.ms, result.reps, clock.calls) == (pytest.approx(410), 1, 2)
 
 
 def test_fewer_than_three_repetitions_are_refused():
@@ -430,31 +565,11 @@ def test_every_section_runs_on_a_cpu(own_caches, tmp_path, capsys):
 def test_a_time_limit_leaves_the_rest_for_the_next_run(own_caches, tmp_path, capsys):
     arguments = ["--smoke", "--sections", "4", *own_caches]
     attention.main([*arguments, "--limit", "0"])
-    assert "stopped at --limit" in capsys.readouterr().out
+    assert "stopped at --limit, 2 cells to go" in capsys.readouterr().out
     assert not (tmp_path / "2026-01-01-attention.jsonl").exists()
-    attention.main(arguments)
+    attention.main([*arguments, "--warm", "1"])
     assert len((tmp_path / "2026-01-01-attention.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_lost_gpu_is_recorded_and_the_process_starts_anew(own_caches, tmp_path, monkeypatch):
-    def breaks(cell, names, settings, device, timer):
-        yield {"competitor": names[0], "status": "failed", "note": "illegal memory access"}
-        raise ContextLost("gone")
-
-    started = []
-
-    def execv(program, arguments):
-        started.append(arguments)
-        raise SystemExit
-
-    monkeypatch.setattr(attention, "measure", breaks)
-    monkeypatch.setattr(attention.os, "execv", execv)
-    with pytest.raises(SystemExit):
-        attention.main(["--smoke", "--sections", "4", "--retry", "--limit", "100", *own_caches])
-    (found,) = read(tmp_path / "2026-01-01-attention.jsonl")
-    assert found["note"] == "illegal memory access"
-    again = attention.parse(["--retry", "--warm", "9", *started[0][started[0].index("--warm") :]])
-    assert again.warm == 0 and not again.retry and 0 < again.limit <= 100
+    assert "seconds: start and compiling" in capsys.readouterr().out
 
 
 def test_options():
