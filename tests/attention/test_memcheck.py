@@ -1,5 +1,7 @@
 """The suite for compute-sanitizer is sound: it has every kind of mask, and its checks hold and can fail."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,27 +9,47 @@ from tests.attention import memcheck
 
 
 def test_every_kind_of_mask_is_there():
-    every = list(memcheck.variants(41))
-    masks = [variant.mask for variant in every]
-    assert {mask.num_intervals for mask in masks} >= {0, 1, 2, 3, 4, 5}
-    assert {(mask.batch, mask.heads) for mask in masks} >= {(1, 1), (2, 1), (1, 2), (1, 4), (2, 4)}
-    assert {mask.causal for mask in masks} == {True, False}
-    assert {mask.num_rows < mask.num_columns for mask in masks} == {True, False}
-    assert any(mask.num_rows > mask.num_columns for mask in masks)
-    assert any(not variant.visible.any(-1).all() for variant in every), "rows that see nothing"
-    assert all(torch.equal(mask.to_dense(), variant.visible) for mask, variant in zip(masks, every, strict=True))
+    for backend, cases in (("triton", memcheck.triton_cases()), ("hopper", memcheck.hopper_cases())):
+        variants = [case.variant() for case in cases]
+        masks = [variant.mask for variant in variants]
+        assert {case.backend for case in cases} == {backend}
+        assert {mask.num_intervals for mask in masks} == set(range(6 if backend == "triton" else 4))
+        assert {mask.causal for mask in masks} == {True, False}
+        assert {(mask.num_rows, mask.num_columns) for mask in masks} == set(memcheck.SIZES)
+        assert {(mask.batch, mask.heads) for mask in masks} >= {(1, 1), (2, 1)}
+        assert any(not variant.visible.any(-1).all() for variant in variants), "rows that see nothing"
+        assert all(mask.num_intervals == case.intervals for mask, case in zip(masks, cases, strict=True))
+        assert all(torch.equal(x.mask.to_dense(), x.visible) for x in variants)
+        assert any(case.partial for case in cases) and any(case.strided for case in cases)
+    assert {case.d for case in memcheck.hopper_cases()} == {64, 128, 256}
+    assert {case.d for case in memcheck.triton_cases()} == {32, 64, 80, 128, 192, 256}
 
 
-def test_a_run_checks_and_says_what_it_left_out(backend):
-    variant = list(memcheck.variants(25))[-1]
-    assert memcheck.run(variant, backend, 16, torch.float32)
-    assert not memcheck.run(variant, "triton", 300, torch.float32)
-    wrong = variant._replace(visible=~variant.visible)
+@pytest.mark.parametrize("options", [{"softcap": 5.0, "strided": True}, {"partial": True}], ids=["op", "part"])
+def test_a_run_checks(options):
+    case = memcheck.Case(backend="triton", d=16, dtype=torch.float32, intervals=1, size=(25, 13), **options)
+    assert memcheck.refused(case) is None
+    variant = case.variant()
+    memcheck.run(case, variant)
     with pytest.raises(AssertionError):
-        memcheck.run(wrong, backend, 16, torch.float32)
+        memcheck.run(case, variant._replace(visible=~variant.visible))
+
+
+def test_a_case_that_a_backend_does_not_take_is_an_error():
+    case = memcheck.Case(backend="triton", d=300)
+    with pytest.raises(AssertionError, match="head dimension"):
+        memcheck._run_one(case)
+    assert memcheck.refused(dataclasses.replace(case, d=64, dtype=torch.float32)) is None
+
+
+def test_the_merge_is_checked(monkeypatch):
+    memcheck.run_merge()
+    monkeypatch.setattr(memcheck, "merge", lambda out, lse, part, part_lse, result: None)
+    with pytest.raises(AssertionError):
+        memcheck.run_merge()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only")
 def test_it_refuses_to_run_where_it_would_show_nothing():
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
-        memcheck.main()
+        memcheck.main([])
