@@ -11,7 +11,10 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined, so before anything imports one; worker processes inherit it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests import distributed, properties
+from tests import distributed, interpreter, properties
+
+if "TRITON_INTERPRET" in os.environ:
+    interpreter.make_quick()
 
 # Before the test modules are imported: their decorators read the profile.
 properties.load_profile()

@@ -36,7 +36,7 @@ from typing import Any
 
 # Imported before the ranks are forked, in place of some 5 seconds of work in each of them. Nothing that starts a thread
 # or asks for a GPU when imported: a fork cannot use either. Test modules may, and each rank imports those itself.
-PRELOADED = ["torch", "torch._dynamo", "transformers"]
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "transformers.modeling_utils", "triton"]
 # When one rank has failed the others usually wait for it in a collective; they get this long to finish by themselves.
 GRACE_SECONDS = 5.0
 
@@ -133,7 +133,11 @@ def _work(rank: int, connection: Connection) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
 
+    from tests import interpreter
+
     torch.set_num_threads(1)
+    if "TRITON_INTERPRET" in os.environ:
+        interpreter.make_quick()
     while True:
         try:
             task = connection.recv_bytes()
