@@ -1,8 +1,8 @@
 """Triton's interpreter, without what it does over and over.
 
-A launch replaces the language's functions by interpreted ones, and so does every call of a helper within it, which finds
-them replaced; and numpy's type for one of Triton's is looked up in a table that is written out each time. With kernels
-made of small helpers that was half of a test's time.
+A launch replaces the language's functions by interpreted ones, and so does every call of a helper within it, which
+finds them replaced; and numpy's type for one of Triton's is looked up in a table that is written out each time. With
+kernels made of small helpers that was half of a test's time.
 """
 
 from __future__ import annotations
