@@ -49,6 +49,35 @@ def test_the_merge_is_checked(monkeypatch):
         memcheck.run_merge()
 
 
+def report_of(*places):
+    pairs = zip(places[::2], places[1::2], strict=True)
+    return "========= COMPUTE-SANITIZER\n" + "".join(
+        f"========= Error: Race reported between Read access at k+0xf0 in {a}\n"
+        f"=========     and Write access at k+0x95a0 in {b} [51 hazards]\n========= \n"
+        for a, b in pairs
+    )
+
+
+def test_races_of_our_own_are_told_from_those_of_the_dispatch(tmp_path, capsys):
+    text = (memcheck.HOPPER / "forward.py").read_text().splitlines()
+    (entry,) = [i for i, line in enumerate(text, 1) if line.startswith("def forward_kernel(")]
+    (dispatch,) = [i for i, line in enumerate(text, 1) if line.strip() == "gl.warp_specialize("]
+    theirs = [f"forward.py:{entry}", f"forward.py:{dispatch}"]
+    assert memcheck.races_elsewhere(report_of(*theirs)) == []
+    for place in (f"forward.py:{dispatch + 1}", f"forward.py:{entry - 3}", "merge.py:51"):
+        (found,) = memcheck.races_elsewhere(report_of(*theirs, theirs[0], place))
+        assert place in found
+
+    path = tmp_path / "races.txt"
+    path.write_text(report_of(*theirs))
+    with pytest.raises(SystemExit, match="no whole report"):
+        memcheck.main(["--races", str(path)])
+    path.write_text(report_of(*theirs) + "all 6 checks run and right\n========= RACECHECK SUMMARY: 1 hazard")
+    with pytest.raises(SystemExit) as ended:
+        memcheck.main(["--races", str(path)])
+    assert ended.value.code == 0 and "no hazards but" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only")
 def test_it_refuses_to_run_where_it_would_show_nothing():
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
