@@ -158,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--budget-ms", type=float, default=80.0, help="measuring time a competitor and direction")
     parser.add_argument("--least", type=int, default=3, help="fewest repetitions")
-    parser.add_argument("--long-ms", type=float, default=400.0, help="a call beyond this runs twice, the second counts")
+    parser.add_argument("--long-ms", type=float, default=800.0, help="a call beyond this runs twice, the second counts")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile beforehand; 0: none")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds for a competitor; flex_tuned needs more")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fm_longctx_benchmark_cache")
