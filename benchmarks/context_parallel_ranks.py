@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.context_parallel import MASKS
 from benchmarks.environment import environment
 from benchmarks.packs import typical_seed
+from benchmarks.replay import MASKS
 from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention, flashmask_attention
 from fm_longctx.context_parallel.exchange import start_keys
 from fm_longctx.mask import FlashMask, builders

@@ -7,17 +7,24 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fm_longctx.context_parallel.coverage import Floats
+
+# Bytes a stage more moves for each element of the rows that are merged. Forward: one written, two read, one written, in
+# float32. Backward: as much for dQ, and by the replay on an H100 (benchmarks/results) twice as much again in what a
+# kernel of fewer keys loses.
+_FORWARD_MERGE = 16.0
+_BACKWARD_MERGE = 48.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
     """A kernel rate, a link and a layer's shape. The defaults are assumptions, not measurements of your machine.
 
-    They describe one attention layer of a 70B Llama in bfloat16 on an H100 behind one 400 Gb/s network card a GPU.
-    Set `bandwidth` to 3e11 or so where all ranks of a sequence share an NVLink domain. The plan needs the *ratio* of
-    compute to transfer to be of the right order, no more.
+    They describe one attention layer of a 70B Llama in bfloat16 on hosts of 8 H100s: NVLink within a host, one 400 Gb/s
+    network card a GPU between hosts. Links within and between hosts work at the same time. Rank r of a sequence is on
+    host r // `host_ranks`. The plan needs the *ratio* of compute to transfer to be of the right order, no more.
 
     Raises:
         ValueError: a number that is not positive and finite (`latency` may be 0), or heads that do not divide.
@@ -33,16 +40,22 @@ class CostModel:
     """Bytes of one element of K and V as they travel forward."""
     gradient_bytes: int = 4
     """Bytes of one element of dK and dV as they travel back: float32."""
-    forward_flops: float = 5.5e14
+    forward_flops: float = 6.5e14
     """FLOP/s of the forward kernel on the tiles that it visits."""
-    backward_flops: float = 4.5e14
+    backward_flops: float = 4.8e14
     """FLOP/s of the backward kernel on the tiles that it visits."""
     bandwidth: float = 4.5e10
-    """Bytes a second that a rank can send and, at the same time, receive."""
+    """Bytes a second that a rank can send to other hosts and, at the same time, receive from them."""
+    host_bandwidth: float = 3e11
+    """Bytes a second that a rank can send within its host and, at the same time, receive: two thirds of an H100's
+    NVLink in one direction."""
+    host_ranks: int = 8
+    """Ranks of a sequence that share a host; 1 where every link is like those between hosts. With 4 tensor ranks inside
+    each rank of the sequence, 8 GPUs are 2."""
     latency: float = 3e-5
     """Seconds that an exchange takes beyond its bytes: launch, handshake and the slowest of the ranks."""
     memory_bandwidth: float = 2.5e12
-    """Bytes a second that merging partial outputs reads and writes."""
+    """Bytes a second that merging partial outputs, and packing what travels, reads and writes."""
     hidden_price: float = 0.25
     """What a second of exchange costs while it hides behind attention, in seconds: it slows the kernels down and meets
     the traffic of others on the network. 0 would make hidden traffic free, 1 as dear as waiting for it."""
@@ -76,13 +89,26 @@ class CostModel:
         return 10.0 * self.head_dim * self.heads * scores / self.backward_flops
 
     def merge(self, rows: Floats) -> Floats:
-        """Seconds to merge a stage's output (or part of dQ) into the rank's: both read and one written in float32, and
-        the part before that written."""
-        return 16.0 * rows * self.heads * self.head_dim / self.memory_bandwidth
+        """Seconds that a stage more costs the forward, beyond its scores: the part's output is written, both are read
+        and one is written, in float32."""
+        return _FORWARD_MERGE * rows * self.heads * self.head_dim / self.memory_bandwidth
 
-    def transfer(self, num_bytes: Floats) -> Floats:
-        """Seconds for exchanges in which a rank sends or receives at most so many bytes; 0 for none."""
-        return np.where(num_bytes > 0, self.latency + num_bytes / self.bandwidth, 0.0)
+    def merge_backward(self, rows: Floats) -> Floats:
+        """Seconds that a stage more costs the backward: as `merge` for dQ, and Q and dO are read once more."""
+        return _BACKWARD_MERGE * rows * self.heads * self.head_dim / self.memory_bandwidth
+
+    def transfer(self, far: Floats, near: Floats | float = 0.0) -> Floats:
+        """Seconds for exchanges in which a rank sends or receives at most so many bytes; 0 for none.
+
+        Args:
+            far, near: to or from other hosts, and within the rank's.
+        """
+        seconds = np.maximum(far / self.bandwidth, np.asarray(near) / self.host_bandwidth)
+        return np.where(seconds > 0, self.latency + seconds, 0.0)
+
+    def rings_a_host(self, members: int) -> int:
+        """Rings of so many members that lie on one host, 1 where a ring is not within one."""
+        return self.host_ranks // members if self.host_ranks % members == 0 else 1
 
     def trade_heads(self, rows: Floats, members: int) -> Floats:
         """Seconds in which the members of a ring trade rows for heads of Q, K and V, and heads for rows of the output.
@@ -91,12 +117,22 @@ class CostModel:
             rows: positions of one member.
             members: 1 trades nothing.
         """
-        if members == 1:
-            return 0.0 * rows
-        there = (self.heads + 2 * max(self.kv_heads, members)) * self.head_dim * self.element_bytes
-        back = self.heads * self.head_dim * self.element_bytes
-        away = (members - 1) / members
-        return self.transfer(rows * there * away) + self.transfer(rows * back * away)
+        there, back = self._traded(members)
+        packing = 2.0 * rows * (there + back) / self.memory_bandwidth
+        return self.trade_link(rows, members) + (packing if members > 1 else 0.0)
+
+    def trade_link(self, rows: Floats, members: int) -> Floats:
+        """The part of `trade_heads` that the link takes, without packing. A ring that is not within a host sends what
+        it can within it."""
+        beside = math.gcd(members, self.host_ranks)
+        far, near = (members - beside) / members, (beside - 1) / members
+        there, back = (self.transfer(rows * b * far, rows * b * near) for b in self._traded(members))
+        return there + back
+
+    def _traded(self, members: int) -> tuple[float, float]:
+        """Bytes of one position's Q, K and V as they are split, and of its output."""
+        element = float(self.head_dim * self.element_bytes)
+        return (self.heads + 2 * max(self.kv_heads, members)) * element, self.heads * element
 
 
 class Prediction(NamedTuple):
@@ -113,35 +149,46 @@ class Prediction(NamedTuple):
         return self.total - self.compute
 
 
-def predict_forward(cost: CostModel, scores: Floats, keys: Floats, rows: Floats) -> Prediction:
-    """The forward: later stages travel while stage s is attended to.
+class Work(NamedTuple):
+    """What each rank does in each stage, float64 `[ranks, stages]`, and how many of its rows are merged."""
 
-    Args:
-        scores: what each rank computes in each stage, `[ranks, stages]`, for all mask heads' share of one query head.
-        keys: keys that a rank sends or receives, whichever are more, before each stage, `[ranks, stages]`; 0 in the
-            first.
-        rows: of each rank, those that see keys of others, `[ranks]`: the others are not merged.
+    scores: Floats
+    """Computed, for all mask heads' share of one query head."""
+    far: Floats
+    """Keys that a rank sends to other hosts or receives from them, whichever are more, before each stage."""
+    near: Floats
+    """The same within its host."""
+    rows: Floats
+    """`[ranks]`: rows of each rank that see keys of others: the others are not merged."""
+
+    @property
+    def merges(self) -> npt.NDArray[np.bool_]:
+        """`[ranks, stages]`: a part is computed that others were computed before."""
+        return (self.scores > 0) & (self.scores.cumsum(1) > self.scores)
+
+
+def predict_forward(cost: CostModel, work: Work) -> Prediction:
+    """The forward: later stages travel while stage s is attended to.
 
     >>> shape = dict(heads=1, kv_heads=1, head_dim=1, element_bytes=1, forward_flops=4, bandwidth=2, latency=0)
     >>> model = CostModel(**shape, memory_bandwidth=1e30)
-    >>> scores, keys = np.array([[2.0, 1.0, 1.0]]), np.array([[0.0, 1.5, 2.0]])
-    >>> predict_forward(model, scores, keys, np.ones(1)).total.round(6).tolist()
+    >>> far = np.array([[0.0, 1.5, 2.0]])
+    >>> work = Work(np.array([[2.0, 1.0, 1.0]]), far, 0 * far, np.ones(1))
+    >>> predict_forward(model, work).total.round(6).tolist()
     [4.5]
     """
-    compute = cost.forward_compute(scores)
-    compute[:, 1:] += cost.merge(rows)[:, None] * (scores[:, 1:] > 0)
-    return forward_timeline(compute, cost.transfer(keys * cost.forward_key_bytes))
+    compute = cost.forward_compute(work.scores) + cost.merge(work.rows)[:, None] * work.merges
+    return forward_timeline(compute, cost.transfer(*(keys * cost.forward_key_bytes for keys in (work.far, work.near))))
 
 
-def predict_backward(cost: CostModel, scores: Floats, keys: Floats, rows: Floats) -> Prediction:
-    """The backward: gradients of a stage travel while the stages before it are computed; the rank's own keys come last.
-
-    Arguments as in `predict_forward`.
-    """
-    compute = cost.backward_compute(scores)
+def predict_backward(cost: CostModel, work: Work) -> Prediction:
+    """The backward: gradients of a stage travel while the stages before it are computed; the rank's own keys come
+    last, unless they are attended to with others'."""
     # Each stage's part of dQ is added to the others'.
-    compute[:, 1:] += cost.merge(rows)[:, None] * (scores[:, 1:] > 0)
-    return backward_timeline(compute, cost.transfer(keys * cost.backward_key_bytes))
+    compute = cost.backward_compute(work.scores) + cost.merge_backward(work.rows)[:, None] * work.merges
+    return backward_timeline(
+        compute, cost.transfer(*(keys * cost.backward_key_bytes for keys in (work.far, work.near)))
+    )
 
 
 def forward_timeline(compute: Floats, transfers: Floats) -> Prediction:

@@ -67,14 +67,7 @@ class _ToRows(torch.autograd.Function):
 
 def _gather_rows(x: Tensor, context: ContextParallel) -> Tensor:
     members, rows = context.members, x.shape[1]
-    # [u, T, B, heads of a member, D]: what goes to each member, contiguous.
-    if x.shape[2] >= members:
-        parts = x.unflatten(2, (members, -1)).permute(2, 1, 0, 3, 4)
-    else:
-        repeats = members // x.shape[2]
-        parts = x.permute(2, 1, 0, 3).repeat_interleave(repeats, dim=0).unsqueeze(3)
-    counts = context.member_counts
-    received = _trade(parts.flatten(0, 1).contiguous(), [rows] * members, list(counts), context)
+    received = _trade(by_member(x, members), [rows] * members, list(context.member_counts), context)
     return received.transpose(0, 1).contiguous()
 
 
@@ -82,13 +75,28 @@ def _gather_heads(x: Tensor, context: ContextParallel, heads: int) -> Tensor:
     members, rows = context.members, len(context.rows)
     counts = context.member_counts
     received = _trade(x.transpose(0, 1).contiguous(), list(counts), [rows] * members, context)
-    parts = received.unflatten(0, (members, rows))  # [u, T, B, heads of a member, D]
+    return with_all_heads(received, members, heads)
+
+
+def by_member(x: Tensor, members: int) -> Tensor:
+    """`[B, T, H, D]` to `[u T, B, heads of a member, D]`: what goes to each member, one after the other."""
+    if x.shape[2] >= members:
+        parts = x.unflatten(2, (members, -1)).permute(2, 1, 0, 3, 4)
+    else:
+        repeats = members // x.shape[2]
+        parts = x.permute(2, 1, 0, 3).repeat_interleave(repeats, dim=0).unsqueeze(3)
+    return parts.flatten(0, 1).contiguous()
+
+
+def with_all_heads(received: Tensor, members: int, heads: int) -> Tensor:
+    """`[u T, B, heads of a member, D]`, of one member after the other, to `[B, T, H, D]`."""
+    parts = received.unflatten(0, (members, -1))  # [u, T, B, heads of a member, D]
     if heads >= members:
         return parts.permute(2, 1, 0, 3, 4).flatten(2, 3)
     # Gradients of a key/value head that several members attended with: added in their order, in float32 at least.
-    exact = torch.promote_types(x.dtype, torch.float32)
+    exact = torch.promote_types(received.dtype, torch.float32)
     total = parts.unflatten(0, (heads, -1)).to(exact).sum(1)  # [heads, T, B, 1, D]
-    return total.to(x.dtype).squeeze(3).permute(2, 1, 0, 3)
+    return total.to(received.dtype).squeeze(3).permute(2, 1, 0, 3)
 
 
 def _trade(x: Tensor, send: list[int], receive: list[int], context: ContextParallel) -> Tensor:

@@ -1,18 +1,16 @@
-"""Choosing chunks, their owners and the number of stages."""
+"""Choosing chunks and their owners."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from fm_longctx.context_parallel.assign import STRATEGIES, balanced, contiguous, zigzag
-from fm_longctx.context_parallel.cost import CostModel, predict_backward, predict_forward
+from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.coverage import (
-    Floats,
     Ints,
     Needs,
     Segments,
@@ -23,7 +21,7 @@ from fm_longctx.context_parallel.coverage import (
     segments,
     tile_work,
 )
-from fm_longctx.context_parallel.local import stage_slice
+from fm_longctx.context_parallel.place import place
 from fm_longctx.context_parallel.problem import TOLERANCE, Bools, Problem
 from fm_longctx.mask.flash_mask import FlashMask
 
@@ -37,10 +35,6 @@ _HEAVIEST = 0.75
 _MOST_CHUNKS = 1024
 # Beyond so many ranks a plan that balances well takes longer than a step: see docs/context_parallel.md.
 _MANY_RANKS = 512
-# More stages than these are not tried: each merges the rank's whole output once more.
-_MOST_STAGES = 8
-# How many times the keys of the stage before a stage may bring, besides as many.
-_GROWTHS = (1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,25 +49,34 @@ class Layout:
     problem: Problem
     assigned: Ints
     """`[problem.chunks]`: the owners before neighbours of one rank were joined."""
+    keys: Ints
+    """`[ranks, ranks]`, [destination, source]: keys that travel, as far as the problem tells."""
     entries: float
     """Batch entries whose keys travel for each position, mean over masks."""
 
 
 def choose_layout(
     masks: Sequence[FlashMask],
+    parts: Sequence[Segments],
     weights: Sequence[int],
     world_size: int,
     strategy: str,
     chunk_size: int | None,
     cost: CostModel,
+    a_host: int,
 ) -> Layout:
-    """The layout of a strategy for the weighted sum of the masks. Arguments as in `ShardPlan.build`."""
-    _check_strategy(strategy, chunk_size)
+    """The layout of a strategy for the weighted sum of the masks. Arguments as in `ShardPlan.build`.
+
+    Args:
+        parts: the masks' segments.
+        world_size: what shares the positions: ranks, or rings of ranks.
+        a_host: how many of these are on a host.
+    """
+    check_strategy(strategy, chunk_size)
     n = masks[0].num_rows
-    parts = [segments(mask) for mask in masks]
 
     def pose(chunk_size: int) -> tuple[Ints, Ints, Problem]:
-        return _pose(masks, parts, weights, world_size, chunk_size, cost)
+        return _pose(masks, parts, weights, world_size, chunk_size, cost, a_host)
 
     if strategy == "balanced":
         size = chunk_size or _chunk_size(n, world_size)
@@ -95,10 +98,15 @@ def choose_layout(
             if other.cost < best.cost:
                 (bounds, areas, problem), best = finer, other
         assigned = best.owners
+        keys = _exchanged(problem, assigned)
+        number = place(keys, a_host)
+        assigned = number[assigned]
+        keys[np.ix_(number, number)] = keys.copy()
     else:
         share = max(1, n // world_size)
         bounds, areas, problem = pose(share if strategy == "contiguous" else max(1, share // 2))
         assigned = (contiguous if strategy == "contiguous" else zigzag)(len(bounds) - 1, world_size)
+        keys = _exchanged(problem, assigned)
     changes = np.flatnonzero(np.diff(assigned, prepend=-1))
     return Layout(
         world_size=world_size,
@@ -107,86 +115,9 @@ def choose_layout(
         areas=_sums(assigned, areas, world_size),
         problem=problem,
         assigned=assigned,
+        keys=keys,
         entries=float(np.average([mask.batch for mask in masks], weights=weights)),
     )
-
-
-def choose_stages(layout: Layout, cost: CostModel, num_stages: int | None) -> tuple[int, float]:
-    """How many stages, and how much more each brings than the one before, for the rank that takes longest.
-
-    Of the choices whose predicted forward and backward are together within 1% of the best, the one with the fewest
-    stages. A first stage of few keys arrives soon; the more it has, the longer it hides the next.
-
-    Args:
-        num_stages: if it is given already.
-    """
-    world_size, problem, owners = layout.world_size, layout.problem, layout.assigned
-    if world_size <= 2:
-        return world_size, 1.0
-    # [destination, source]
-    keys = np.stack([np.bincount(owners, r, world_size).round().astype(np.int64) for r in problem.received(owners)])
-    load = np.bincount(owners, problem.load, world_size)
-    needs = problem.needs
-    pairs = owners[needs.rows] * world_size + owners[needs.columns]
-    scores = (
-        np.bincount(pairs, needs.keys * problem.sizes[needs.rows], world_size**2).reshape(keys.shape).astype(np.float64)
-    )
-    np.fill_diagonal(scores, 0)
-    # What needs tell of scores is an upper bound: a tile counts whole.
-    scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
-    np.fill_diagonal(scores, load - scores.sum(1))
-    rows = problem.merging(owners)
-
-    def time(stages: int, growth: float) -> float:
-        tables = stage_tables(scores, keys, stages, growth)
-        forward = predict_forward(cost, tables.scores, tables.exchanged * layout.entries, rows)
-        backward = predict_backward(cost, tables.scores, tables.exchanged * layout.entries, rows)
-        return float(forward.total.max() + backward.total.max())
-
-    choices = range(2, min(world_size, _MOST_STAGES) + 1) if num_stages is None else [num_stages]
-    times = {(stages, 1.0): time(stages, 1.0) for stages in choices}
-    # Growing stages are for having fewer of them.
-    most = min(times, key=lambda choice: times[choice])[0]
-    for stages in choices:
-        if 2 < stages <= most and stages < world_size:
-            times |= {(stages, growth): time(stages, growth) for growth in _GROWTHS}
-    good = 1.01 * min(times.values())
-    return min(choice for choice, seconds in times.items() if seconds <= good)
-
-
-class StageTables(NamedTuple):
-    """What each rank does in each stage, float64 `[ranks, stages]`."""
-
-    scores: Floats
-    """Computed. Those of a pair of ranks are taken to be spread over its keys evenly."""
-    received: Floats
-    """Keys that arrive; none in the first stage."""
-    sent: Floats
-    """Keys that leave."""
-
-    @property
-    def exchanged(self) -> Floats:
-        """Received or sent, whichever are more."""
-        return np.maximum(self.received, self.sent)
-
-
-def stage_tables(scores: Floats | Ints, keys: Ints, num_stages: int, growth: float) -> StageTables:
-    """Stages from the scores and keys of every pair of ranks, `[destination, source]`; own ones on the diagonal."""
-    ranks = len(scores)
-    tables = StageTables(*(np.zeros((ranks, num_stages)) for _ in range(3)))
-    tables.scores[:, 0] = scores.diagonal()
-    # Of many ranks few pairs meet.
-    destination, source = np.nonzero(keys)
-    remote = destination != source
-    destination, source = destination[remote], source[remote]
-    count, hops = keys[destination, source], (destination - source) % ranks
-    begin, end = stage_slice(count, hops, np.arange(1, num_stages)[:, None], ranks, num_stages, growth)
-    of_key = scores[destination, source] / count
-    for s, travels in enumerate(end - begin, start=1):
-        tables.scores[:, s] = np.bincount(destination, travels * of_key, ranks)
-        tables.received[:, s] = np.bincount(destination, travels, ranks)
-        tables.sent[:, s] = np.bincount(source, travels, ranks)
-    return tables
 
 
 def received_floor(masks: Sequence[FlashMask], weights: Sequence[int], world_size: int, tolerance: float) -> float:
@@ -246,6 +177,7 @@ def _pose(
     world_size: int,
     chunk_size: int,
     cost: CostModel,
+    a_host: int,
 ) -> tuple[Ints, Ints, Problem]:
     """Bounds, areas of the chunks, and the problem of sharing them out."""
     bounds, odd = chunk_grid(masks[0].num_rows, world_size, chunk_size)
@@ -253,11 +185,11 @@ def _pose(
     # In chunks smaller than a tile the kernel's blocks say nothing about the rows.
     loads = np.zeros((2 if chunk_size >= _TILE else 1, len(bounds) - 1))
     for mask, part, weight in zip(masks, parts, weights, strict=True):
-        area = chunk_areas(part, bounds)
+        area, share = chunk_areas(part, bounds), weight / sum(weights) / mask.heads
         areas += weight * area
-        loads[0] += area * (weight / mask.heads)
+        loads[0] += area * share
         if len(loads) > 1:
-            loads[1] += tile_work(part, bounds, _TILE) * (weight / mask.heads)
+            loads[1] += tile_work(part, bounds, _TILE) * share
     problem = Problem(
         world_size=world_size,
         sizes=np.diff(bounds),
@@ -265,8 +197,16 @@ def _pose(
         loads=loads,
         needs=_together([chunk_needs(part, bounds) for part in parts], weights, len(bounds) - 1),
         cost=cost,
+        a_host=a_host,
     )
     return bounds, areas, problem
+
+
+def _exchanged(problem: Problem, owners: Ints) -> Ints:
+    """Keys of each pair of ranks that travel, `[destination, source]`."""
+    ranks = problem.world_size
+    rows = [np.bincount(owners, of_chunks, ranks) for of_chunks in problem.received(owners)]
+    return np.stack(rows).round().astype(np.int64)
 
 
 def _together(needs: Sequence[Needs], weights: Sequence[int], chunks: int) -> Needs:
@@ -295,7 +235,7 @@ def _sums(owners: Ints, values: Ints, world_size: int) -> Ints:
     return sums
 
 
-def _check_strategy(strategy: str, chunk_size: int | None) -> None:
+def check_strategy(strategy: str, chunk_size: int | None) -> None:
     if strategy not in STRATEGIES:
         nearest = difflib.get_close_matches(str(strategy), STRATEGIES, n=1, cutoff=0.0)[0]
         raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}. Did you mean {nearest!r}?")

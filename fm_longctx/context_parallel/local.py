@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,24 +12,34 @@ from fm_longctx.context_parallel.coverage import Ints, covered, seen_areas, seen
 from fm_longctx.context_parallel.stages import Stage
 from fm_longctx.mask.flash_mask import FlashMask
 
-# A pair's keys are not cut into stages of fewer on average: a kernel's tile takes as long for a part of its columns.
-_LEAST_PIECE = 128
+# A pair's keys are cut into stages of whole tiles, and not of fewer on average: for a part of its columns a tile takes
+# a kernel as long.
+_TILE = 128
 
 
-def stage_slice(
-    keys: Ints, hops: Ints, stage: Ints, world_size: int, num_stages: int, growth: float
-) -> tuple[Ints, Ints]:
+class Staging(NamedTuple):
+    """How the keys that travel are cut into stages."""
+
+    num_stages: int
+    """With stage 0, which exchanges nothing."""
+    growth: float
+    """How many times the share of the exchange before it each exchange has."""
+    own_stage: int
+    """The stage in which a rank's own keys are attended to: 0, while the first keys travel, or 1, with those."""
+
+
+def stage_slice(keys: Ints, hops: Ints, stage: Ints, world_size: int, staging: Staging) -> tuple[Ints, Ints]:
     """Which of the keys that one rank sends another travel in a stage: those from `begin` to `end`, in their order.
 
-    Every pair's keys are cut by the same shares, so that whatever a rank sends or receives in all, each of its stages
-    has its share of the bytes. Pairs of few keys travel in one stage, spread over the stages by their hops. With as
-    many stages as ranks (more than two) it is a ring instead: one neighbour after the other.
+    Every pair's keys are cut by the same shares, in whole tiles, so that whatever a rank sends or receives in all, each
+    of its stages has its share of the bytes. Pairs of few keys travel in one stage, spread over the stages by their
+    hops. With as many stages as ranks (more than two) it is a ring instead: one neighbour after the other.
 
     Args:
         keys, hops: of each pair, how many keys, and (destination - source) modulo the ranks; at least 1 hop.
         stage: 1..num_stages - 1; the three are broadcast.
-        growth: how many times the share of the stage before each stage has.
     """
+    num_stages, growth, _ = staging
     if num_stages == world_size:
         return np.zeros_like(keys), np.where(hops == stage, keys, 0)
     shares = np.power(float(growth), np.arange(num_stages - 1)).cumsum()
@@ -36,13 +47,15 @@ def stage_slice(
     low, high = ends[stage - 1], ends[stage]
     at = (hops - 0.5) / (world_size - 1)
     whole = np.where((low < at) & (at <= high), keys, 0)
-    cut = keys >= _LEAST_PIECE * (num_stages - 1)
-    begin, end = np.floor(keys * low).astype(np.int64), np.floor(keys * high).astype(np.int64)
+    cut = keys >= _TILE * (num_stages - 1)
+    tiles = np.floor(keys / _TILE)
+    begin = (np.floor(tiles * low) * _TILE).astype(np.int64)
+    end = np.where(high < 1, np.floor(tiles * high) * _TILE, keys).astype(np.int64)
     return np.where(cut, begin, 0), np.where(cut, end, whole)
 
 
 def rank_stages(
-    mask: FlashMask, bounds: Ints, owners: Ints, rank: int, world_size: int, num_stages: int, growth: float
+    mask: FlashMask, bounds: Ints, owners: Ints, rank: int, world_size: int, staging: Staging
 ) -> tuple[Ints, tuple[Stage, ...]]:
     """A rank's rows, ascending, and its stages under one mask. bounds and owners as in `ShardPlan`."""
     sources = np.repeat(owners, np.diff(bounds))
@@ -58,16 +71,31 @@ def rank_stages(
     for other in range(world_size):
         first, stop = seen_ranges(own, rows_of[other])
         wanted.append(np.flatnonzero(covered(local, local + stop - first, len(rows))))
-    others, shape = np.arange(world_size), (world_size, num_stages, growth)
-    stages = [_stage(mask, rows, rows, [0] * world_size, [], [0] * world_size)]
-    for s in range(1, num_stages):
+    others = np.arange(world_size)
+    own_first = staging.own_stage == 0 or world_size == 1
+    stages = [_stage(mask if own_first else _hidden(mask), rows, rows, [0] * world_size, [], [0] * world_size)]
+    for s in range(1, staging.num_stages):
         counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(needed)])
-        received = _cut(needed, *stage_slice(counts, (rank - others) % world_size, np.array(s), *shape))
+        received = _cut(needed, *stage_slice(counts, (rank - others) % world_size, np.array(s), world_size, staging))
         counts = np.array([len(r) if i != rank else 0 for i, r in enumerate(wanted)])
-        sent = _cut(wanted, *stage_slice(counts, (others - rank) % world_size, np.array(s), *shape))
+        sent = _cut(wanted, *stage_slice(counts, (others - rank) % world_size, np.array(s), world_size, staging))
+        if s == staging.own_stage:
+            # To itself: then one pass of attention has them all, in one piece of memory.
+            received[rank], sent[rank] = needed[rank], wanted[rank]
         columns = np.concatenate(received)
         stages.append(_stage(mask, rows, columns, [len(r) for r in received], sent, [len(r) for r in sent]))
     return rows, tuple(stages)
+
+
+def _hidden(mask: FlashMask) -> FlashMask:
+    """A mask of the same size that shows nothing."""
+    shape = (mask.batch, mask.heads, 1, mask.num_columns)
+    return FlashMask.from_canonical(
+        torch.zeros(shape, dtype=mask.starts.dtype),
+        torch.full(shape, mask.num_rows, dtype=mask.starts.dtype),
+        causal=False,
+        num_rows=mask.num_rows,
+    )
 
 
 def _cut(positions: Sequence[Ints], begins: Ints, ends: Ints) -> list[Ints]:

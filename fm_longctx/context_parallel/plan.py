@@ -6,16 +6,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fm_longctx.context_parallel.choose import choose
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.coverage import Ints
-from fm_longctx.context_parallel.layout import choose_layout, choose_stages, received_floor
-from fm_longctx.context_parallel.local import exchange_tables, rank_stages
+from fm_longctx.context_parallel.layout import received_floor
+from fm_longctx.context_parallel.local import Staging, exchange_tables, rank_stages
 from fm_longctx.context_parallel.stages import RankPlan, member_counts
 from fm_longctx.mask.flash_mask import FlashMask
 
@@ -55,6 +56,9 @@ class ShardPlan:
     growth: float
     """How many times the keys of the exchange before it each exchange brings."""
 
+    own_stage: int
+    """The stage in which a rank attends to its own keys: 0, or 1 with the first keys that come."""
+
     bounds: Tensor
     """int64 `[chunks + 1]`: chunk c is the positions `[bounds[c], bounds[c + 1])`."""
 
@@ -88,7 +92,8 @@ class ShardPlan:
         chunk_size: int | None = None,
         num_stages: int | None = None,
         weights: Sequence[int] | None = None,
-        head_parallel: int = 1,
+        own_stage: int | None = None,
+        head_parallel: int | Literal["auto"] = 1,
         cost: CostModel | None = None,
     ) -> ShardPlan:
         """Plan self-attention of N positions over `world_size` ranks. Deterministic.
@@ -105,7 +110,11 @@ class ShardPlan:
             num_stages: 2..world_size; more stages overlap more of the exchange with attention, in smaller messages.
                 Chosen by the cost model if not given. With one rank there is only stage 0.
             weights: how often each mask counts (its number of layers), integers >= 1; once each if not given.
-            head_parallel: u, ranks that share rows by splitting heads; divides world_size.
+            own_stage: 0 attends to a rank's own keys while the first exchange is under way; 1 attends to them together
+                with what that brings, in one pass less: for a fast link. Chosen by the cost model if neither this nor
+                `num_stages` is given, else 0.
+            head_parallel: u, ranks that share rows by splitting heads; divides world_size. `"auto"` lets the cost model
+                choose it, for the heads of its layer and within its hosts: give it a `cost` with your model's.
             cost: kernel rate, link and layer shape; `CostModel()` if not given.
 
         Raises:
@@ -113,18 +122,26 @@ class ShardPlan:
         """
         masks = (mask,) if isinstance(mask, FlashMask) else tuple(mask)
         _check_masks(masks)
-        _check_numbers(world_size, chunk_size, num_stages, head_parallel)
+        _check_numbers(world_size, chunk_size, num_stages, own_stage, head_parallel)
         if weights is None:
             weights = (1,) * len(masks)
         elif len(weights) != len(masks) or not all(type(w) is int and w >= 1 for w in weights):
             raise ValueError(f"weights must be {len(masks)} integers >= 1, one for each mask, got {list(weights)}.")
         masks, cost = tuple(m.to("cpu") for m in masks), cost or CostModel()
-        layout = choose_layout(masks, weights, world_size // head_parallel, strategy, chunk_size, cost)
-        num_stages, growth = choose_stages(layout, cost, num_stages)
+        head_parallel, layout, staging = choose(
+            masks,
+            weights,
+            world_size,
+            strategy=strategy,
+            chunk_size=chunk_size,
+            num_stages=num_stages,
+            own_stage=own_stage,
+            head_parallel=head_parallel,
+            cost=cost,
+        )
         return cls(
             world_size=world_size,
-            num_stages=num_stages,
-            growth=growth,
+            **staging._asdict(),
             bounds=torch.from_numpy(layout.bounds),
             owners=torch.from_numpy(layout.owners),
             areas=tuple(layout.areas.repeat(head_parallel).tolist()),
@@ -162,7 +179,7 @@ class ShardPlan:
         """
         masks = (mask,) if isinstance(mask, FlashMask) else tuple(mask)
         _check_masks(masks)
-        _check_numbers(world_size, None, num_stages, head_parallel=1)
+        _check_numbers(world_size, None, num_stages, own_stage=None, head_parallel=1)
         n = masks[0].num_rows
         if owners.shape != (n,) or owners.is_floating_point():
             raise ValueError(f"owners must be {n} integers, one a position, got {owners.dtype} {list(owners.shape)}.")
@@ -179,6 +196,7 @@ class ShardPlan:
             world_size=world_size,
             num_stages=min(2, world_size) if num_stages is None else num_stages,
             growth=1.0,
+            own_stage=0,
             bounds=torch.from_numpy(bounds),
             owners=torch.from_numpy(ranks),
             areas=tuple(areas.tolist()),
@@ -204,6 +222,11 @@ class ShardPlan:
         rows = np.flatnonzero(sources == ring)
         counts = member_counts(len(rows), self.head_parallel)
         return torch.from_numpy(rows).split(counts)[member]
+
+    @property
+    def staging(self) -> Staging:
+        """How the exchange is cut."""
+        return Staging(self.num_stages, self.growth, self.own_stage)
 
     @property
     def rings(self) -> int:
@@ -244,9 +267,7 @@ class ShardPlan:
         self._check_rank(rank)
         mask = self._square(mask)
         ring, member = divmod(rank, self.head_parallel)
-        rows, stages = rank_stages(
-            mask, self.bounds.numpy(), self.owners.numpy(), ring, self.rings, self.num_stages, self.growth
-        )
+        rows, stages = rank_stages(mask, self.bounds.numpy(), self.owners.numpy(), ring, self.rings, self.staging)
         return RankPlan(
             rank=rank,
             world_size=self.world_size,
@@ -302,7 +323,7 @@ class ShardPlan:
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits; equal for equal plans of equal masks."""
-        shape = (self.world_size, self.head_parallel, self.num_stages, self.growth)
+        shape = (self.world_size, self.head_parallel, *self.staging)
         layout = (shape, self.bounds.tolist(), self.owners.tolist())
         return _digest(repr(layout), *self._prints)
 
@@ -349,12 +370,22 @@ def _check_masks(masks: Sequence[FlashMask]) -> None:
             )
 
 
-def _check_numbers(world_size: int, chunk_size: int | None, num_stages: int | None, head_parallel: int) -> None:
+def _check_numbers(
+    world_size: int,
+    chunk_size: int | None,
+    num_stages: int | None,
+    own_stage: int | None,
+    head_parallel: int | Literal["auto"],
+) -> None:
     if type(world_size) is not int or world_size < 1:
         raise ValueError(f"world_size must be an integer >= 1, got {world_size!r}.")
+    if head_parallel == "auto":
+        head_parallel = 1
     if type(head_parallel) is not int or head_parallel < 1 or world_size % head_parallel:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        raise ValueError(f"head_parallel must divide the {world_size} ranks: one of {divisors}, got {head_parallel!r}.")
+        raise ValueError(
+            f"head_parallel must divide the {world_size} ranks: one of {divisors}, got {head_parallel!r}; or 'auto'."
+        )
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size must be an integer >= 1 or None to let the plan choose, got {chunk_size!r}.")
     rings = world_size // head_parallel
@@ -362,6 +393,8 @@ def _check_numbers(world_size: int, chunk_size: int | None, num_stages: int | No
     if num_stages is not None and (type(num_stages) is not int or not lowest <= num_stages <= rings):
         what = "ranks" if head_parallel == 1 else f"rings of {head_parallel} ranks"
         raise ValueError(f"num_stages must be an integer in {lowest}..{rings} for {rings} {what}, got {num_stages!r}.")
+    if own_stage not in (None, 0, 1) or (own_stage == 1 and rings == 1):
+        raise ValueError(f"own_stage must be 0, or 1 where there are keys to wait for, got {own_stage!r} for {rings}.")
 
 
 def _digest(*parts: str) -> str:

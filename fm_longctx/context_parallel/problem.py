@@ -50,6 +50,8 @@ class Problem:
     """What the rows of a chunk see of others. A rank is taken to need of a chunk as many columns as its most demanding
     chunk of rows: exact for packed causal documents."""
     cost: CostModel
+    a_host: int
+    """How many of the ranks are on a host."""
 
     @property
     def chunks(self) -> int:
@@ -91,8 +93,10 @@ class Problem:
     @cached_property
     def price(self) -> float:
         """What an imbalance of 1 costs, in all-gathers: attention that others wait for over a hidden exchange."""
-        keys = np.array(self.sizes.sum() * (1 - 1 / self.world_size))
-        transfer = float(self.cost.transfer(keys * self.cost.forward_key_bytes))
+        num_bytes = self.sizes.sum() * self.cost.forward_key_bytes / self.world_size
+        beside = min(self.a_host, self.world_size)
+        far, near = np.array((self.world_size - beside) * num_bytes), np.array((beside - 1) * num_bytes)
+        transfer = float(self.cost.transfer(far, near))
         compute = float(self.cost.forward_compute(np.array(self.mean_load)))
         hidden = self.cost.hidden_price * transfer
         return max(_LEAST_PRICE, compute / hidden if hidden > 0 else _LEAST_PRICE)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fm_longctx.context_parallel.cost import Prediction, predict_backward, predict_forward
+from fm_longctx.context_parallel.cost import Prediction, Work, predict_backward, predict_forward
 from fm_longctx.context_parallel.coverage import Floats, chunk_needs, segments
-from fm_longctx.context_parallel.layout import stage_tables
+from fm_longctx.context_parallel.overlap import stage_tables
 from fm_longctx.context_parallel.problem import merging_rows
 from fm_longctx.mask.draw import MAX_CELLS, cell_colours, palette, rank_of_block, visible_share
 
@@ -49,21 +49,28 @@ class PlanReport:
         """The report of a plan: `plan.report()`."""
         ranks, cost, heads = plan.rings, plan.cost, plan.head_parallel
         total = sum(plan.weights)
-        scores, received, sent = (np.zeros((ranks, plan.num_stages)) for _ in range(3))
+        scores, received, sent, far, near = (np.zeros((ranks, plan.num_stages)) for _ in range(5))
         merging = np.zeros(ranks)
         bounds, owners = plan.bounds.numpy(), plan.owners.numpy()
         for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
-            tables = stage_tables(area, seen, plan.num_stages, plan.growth)
+            tables = stage_tables(area, seen, plan.staging, cost.rings_a_host(heads))
             needs = chunk_needs(segments(mask), bounds)
-            merging += merging_rows(needs, np.diff(bounds), owners, ranks) * (weight / total / heads)
-            scores += tables.scores * (weight / total / mask.heads / heads)
-            received += tables.received * (weight / total * mask.batch / heads)
-            sent += tables.sent * (weight / total * mask.batch / heads)
-        busier = np.maximum(received, sent)
+            share = weight / total / heads
+            # Where there are fewer key/value heads than members, several hold the same one.
+            of_keys = weight / total * mask.batch * max(1 / heads, 1 / cost.kv_heads)
+            merging += merging_rows(needs, np.diff(bounds), owners, ranks) * share
+            scores += tables.scores * (share / mask.heads)
+            for sums, keys in (
+                (received, tables.received),
+                (sent, tables.sent),
+                (far, tables.far),
+                (near, tables.near),
+            ):
+                sums += keys * of_keys
         rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
         trade = cost.trade_heads(rows / heads, heads)
-        forward = predict_forward(cost, scores, busier, merging)
-        backward = predict_backward(cost, scores, busier, merging)
+        work = Work(scores, far, near, merging)
+        forward, backward = predict_forward(cost, work), predict_backward(cost, work)
         return cls(
             plan=plan,
             scores=scores,
