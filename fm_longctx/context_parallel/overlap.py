@@ -30,11 +30,8 @@ class StageTables(NamedTuple):
     """Keys that leave for other rings."""
     far: Floats
     """Keys that arrive from other hosts or leave for them, whichever are more."""
-
-    @property
-    def near(self) -> Floats:
-        """Keys that arrive from the same host or leave for it: all that are not far."""
-        return np.maximum(self.received, self.sent) - self.far
+    near: Floats
+    """The same within the host."""
 
 
 def stage_tables(scores: Floats | Ints, keys: Ints, staging: Staging, rings_a_host: int) -> StageTables:
@@ -44,7 +41,7 @@ def stage_tables(scores: Floats | Ints, keys: Ints, staging: Staging, rings_a_ho
         rings_a_host: ring r is on host r // rings_a_host.
     """
     rings = len(scores)
-    tables = StageTables(*(np.zeros((rings, staging.num_stages)) for _ in range(4)))
+    tables = StageTables(*(np.zeros((rings, staging.num_stages)) for _ in range(5)))
     tables.scores[:, staging.own_stage if rings > 1 else 0] = scores.diagonal()
     # Of many rings few pairs meet.
     destination, source = np.nonzero(keys)
@@ -53,13 +50,14 @@ def stage_tables(scores: Floats | Ints, keys: Ints, staging: Staging, rings_a_ho
     count, hops = keys[destination, source], (destination - source) % rings
     begin, end = stage_slice(count, hops, np.arange(1, staging.num_stages)[:, None], rings, staging)
     of_key = scores[destination, source] / count
-    between = destination // rings_a_host != source // rings_a_host
+    over = destination // rings_a_host != source // rings_a_host
     for s, travels in enumerate(end - begin, start=1):
         tables.scores[:, s] += np.bincount(destination, travels * of_key, rings)
         tables.received[:, s] = np.bincount(destination, travels, rings)
         tables.sent[:, s] = np.bincount(source, travels, rings)
-        over = travels * between
-        tables.far[:, s] = np.maximum(np.bincount(destination, over, rings), np.bincount(source, over, rings))
+        for moved, some in ((tables.far, over), (tables.near, ~over)):
+            ends = (np.bincount(end, travels * some, rings) for end in (destination, source))
+            moved[:, s] = np.maximum(*ends)
     return tables
 
 

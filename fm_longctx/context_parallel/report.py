@@ -41,6 +41,8 @@ class PlanReport:
     """`[rings, stages]`: bytes of keys and values that arrive."""
     sent: Floats
     """`[rings, stages]`: bytes of keys and values that leave. Gradients travel the other way, wider."""
+    far: Floats
+    """`[rings, stages]`: of those that arrive or leave, whichever are more, the bytes between hosts."""
     forward: Prediction
     backward: Prediction
 
@@ -76,6 +78,7 @@ class PlanReport:
             scores=scores,
             received=received * cost.forward_key_bytes,
             sent=sent * cost.forward_key_bytes,
+            far=far * cost.forward_key_bytes,
             forward=forward._replace(total=forward.total + trade),
             backward=backward._replace(total=backward.total + trade),
         )
@@ -99,12 +102,16 @@ class PlanReport:
         shared = "" if plan.head_parallel == 1 else f" in rings of {plan.head_parallel} that split the heads"
         lines = [
             f"{plan.num_tokens:,} tokens over {plan.world_size} ranks{shared}, strategy {plan.strategy}, "
-            f"{plan.num_stages} stages" + (f", each {plan.growth:g} times the one before" if plan.growth != 1 else ""),
+            f"{plan.num_stages} stages"
+            + (f", each {plan.growth:g} times the one before" if plan.growth != 1 else "")
+            + (", own keys with the first that come" if plan.own_stage else ""),
             f"imbalance (max/mean area)      {plan.imbalance:.3f}",
             f"keys received, of all-gather   {plan.received_fraction:.3f} on average "
             f"(no even layout below {self.floor:.3f})",
             f"bytes received, forward        {_bytes(self.received.sum(1).mean())} on average, "
             f"{_bytes(self.received.sum(1).max())} at most, a rank and layer",
+            f"of it between hosts             {_bytes(self.far.sum(1).mean())} on average, "
+            f"{_bytes(self.far.sum(1).max())} at most",
             _times("forward", self.forward, ideal[0]),
             _times("backward", self.backward, ideal[1]),
             "",

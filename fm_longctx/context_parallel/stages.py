@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,11 +78,12 @@ class Stage:
 
     def pin_memory(self) -> Stage:
         """The same stage in pinned memory. Needs a GPU."""
-        mask = self.mask
-        pinned = FlashMask.from_canonical(
-            mask.starts.pin_memory(), mask.ends.pin_memory(), causal=mask.causal, num_rows=mask.num_rows
-        )
-        return replace(self, mask=pinned, **{name: getattr(self, name).pin_memory() for name in _INDICES})
+        return replace(self, mask=pinned(self.mask), **{name: getattr(self, name).pin_memory() for name in _INDICES})
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that `to` moves."""
+        yield from (self.mask.starts, self.mask.ends)
+        yield from (getattr(self, name) for name in _INDICES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,6 +112,22 @@ class RankPlan:
         """The same part in pinned memory, for a loader's thread: a `ContextParallel` made of it copies nothing on the
         host. Needs a GPU."""
         return replace(self, stages=tuple(stage.pin_memory() for stage in self.stages))
+
+    def to(self, device: torch.device | str) -> RankPlan:
+        """The same part with its stages on a device; `rows` stays on the CPU."""
+        return replace(self, stages=tuple(stage.to(device) for stage in self.stages))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that `to` moves."""
+        for stage in self.stages:
+            yield from stage.tensors()
+
+
+def pinned(mask: FlashMask) -> FlashMask:
+    """The same mask in pinned memory. Needs a GPU."""
+    return FlashMask.from_canonical(
+        mask.starts.pin_memory(), mask.ends.pin_memory(), causal=mask.causal, num_rows=mask.num_rows
+    )
 
 
 def member_counts(rows: int, members: int) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fm_longctx.context_parallel.ahead import Ahead
 from fm_longctx.context_parallel.plan import ShardPlan
-from fm_longctx.context_parallel.stages import RankPlan
+from fm_longctx.context_parallel.stages import RankPlan, pinned
 from fm_longctx.data.sequence import IGNORED, Stream
 from fm_longctx.data.turns import Balance, Turn, Turns, first_needed
 from fm_longctx.mask import FlashMask
@@ -48,6 +49,8 @@ class Batch:
     """`[B, T]` each: what else the stream gives for each token."""
     about: tuple[Any, ...] = ()
     """What else the stream says of each sequence; stays on the CPU."""
+    ahead: Ahead[Batch] | None = None
+    """A copy of all this on a GPU, if one was begun."""
 
     @property
     def num_scores(self) -> int:
@@ -55,15 +58,36 @@ class Batch:
         return len(self.sequences) * self.mask.num_rows * self.mask.num_columns
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors and mask on a device."""
+        """The same batch with its tensors, mask and local part on a device; the copy that was begun if there is one."""
+        if self.ahead is not None and self.ahead.device == device:
+            return self.ahead.take()
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             mask=self.mask.to(device),
+            local=self.local.to(device),
             extra={name: values.to(device, non_blocking=True) for name, values in self.extra.items()},
+            ahead=None,
         )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory. Needs a GPU."""
+        return replace(
+            self,
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            positions=self.positions.pin_memory(),
+            mask=pinned(self.mask),
+            local=self.local.pin_memory(),
+            extra={name: values.pin_memory() for name, values in self.extra.items()},
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that `to` moves."""
+        yield from (self.tokens, self.labels, self.positions, self.mask.starts, self.mask.ends, *self.extra.values())
+        yield from self.local.tensors()
 
 
 @runtime_checkable
@@ -104,6 +128,8 @@ class Loader(Iterator[Batch]):
         accumulation, balance, lookahead: see `Turns`.
         workers: threads that make batches, >= 1.
         prefetch: batches that are ready or being made ahead of the one handed out; 0 makes each when it is asked for.
+        copy_to: a GPU that the threads copy each batch to when it is made, on a stream of their own: `Batch.to` of that
+            device then finds it there.
     """
 
     def __init__(
@@ -121,6 +147,7 @@ class Loader(Iterator[Batch]):
         lookahead: int | None = None,
         workers: int = 1,
         prefetch: int = 1,
+        copy_to: torch.device | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -131,7 +158,7 @@ class Loader(Iterator[Batch]):
                 raise ValueError(f"{name}_rank must be in [0, {name}_size), got {rank} of {size}.")
         self.stream, self.batch_size, self.plan_options = stream, batch_size, dict(plan_options or {})
         self.dp_rank, self.dp_size, self.cp_rank, self.cp_size = dp_rank, dp_size, cp_rank, cp_size
-        self.prefetch = prefetch
+        self.prefetch, self.copy_to = prefetch, copy_to
         self._turns = Turns(
             stream,
             ranks=dp_size,
@@ -163,7 +190,8 @@ class Loader(Iterator[Batch]):
             self._ahead.append((turn, self._workers.submit(self._take, turn)))
 
     def _take(self, turn: Future[Turn]) -> Batch:
-        return self._batch(turn.result().sequences[self.dp_rank])
+        batch = self._batch(turn.result().sequences[self.dp_rank])
+        return batch if self.copy_to is None else replace(batch, ahead=Ahead(batch, self.copy_to))
 
     def make(self, first: int) -> Batch:
         """The micro-batch whose first sequence, over all data ranks, is `first`; not balanced. Moves nothing."""

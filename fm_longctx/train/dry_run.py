@@ -229,7 +229,9 @@ def _attention(batch: Batch, config: Config, shape: Shape, gpu: Gpu) -> Attentio
         element_bytes=4 if config.train.precision == "float32" else 2,
         forward_flops=forward_rate,
         backward_flops=backward_rate,
-        bandwidth=gpu.exchange_link(config.parallel.context * config.parallel.tensor),
+        bandwidth=gpu.link,
+        host_bandwidth=gpu.node_link,
+        host_ranks=max(1, 8 // config.parallel.tensor),
         memory_bandwidth=gpu.bandwidth,
     )
     report = replace(batch.plan, cost=cost).report()

@@ -48,10 +48,6 @@ class Gpu:
         share = 1.0 if head_dim >= 128 else 0.7
         return share * self.attention_forward, share * self.attention_backward
 
-    def exchange_link(self, ranks: int) -> float:
-        """Bytes a second between so many neighbouring ranks: nodes have eight."""
-        return self.node_link if ranks <= 8 else self.link
-
 
 _HOPPER = "measured on an H100: benchmarks/results/2026-11-25-attention.md, causal documents, D 128, N 32768"
 GPUS = {

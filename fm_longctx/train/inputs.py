@@ -124,6 +124,7 @@ def make_loader(config: Config, world: World) -> Loader:
         lookahead=config.data.lookahead,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        copy_to=world.device if world.device.type == "cuda" else None,
     )
 
 

@@ -26,6 +26,7 @@ def problem_of(mask, world_size, chunk_size, **cost):
         loads=chunk_areas(parts, bounds).astype(float)[None],
         needs=chunk_needs(parts, bounds),
         cost=CostModel(**cost),
+        a_host=1,
     )
 
 

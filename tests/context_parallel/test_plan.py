@@ -54,10 +54,15 @@ def check_stages(plan, dense, mask=None):
         for s, stage in enumerate(part.stages):
             assert not stage.mask.causal and stage.mask.num_rows == len(rows)
             rebuilt[..., stage.columns] += stage.mask.to_dense().long()
+            assert stage.area == int(stage.mask.area().sum())
             if s == 0:
                 assert stage.columns.equal(rows) and stage.send_rows.numel() == 0 and sum(stage.receive_counts) == 0
+                assert stage.area == 0 or plan.own_stage == 0
                 continue
-            assert not own[stage.columns].any() and seen[stage.columns].all()
+            assert seen[stage.columns].all()
+            # Own keys are sent to itself in one stage, or in none.
+            waits = plan.own_stage == s and plan.head_parallel == 1
+            assert int(own[stage.columns].sum()) == (int((seen & own).sum()) if waits else 0)
             at = 0
             for source, count in enumerate(stage.receive_counts):
                 theirs = parts[source].stages[s]
@@ -131,7 +136,8 @@ def test_any_intervals_are_covered(data):
     )
     mask = FlashMask(raw.starts, raw.ends, causal=raw.causal)
     dense = dense_of_intervals(raw)
-    plan = ShardPlan.build(mask, world_size, num_stages=num_stages)
+    own_stage = data.draw(st.integers(0, int(world_size > 1)))
+    plan = ShardPlan.build(mask, world_size, num_stages=num_stages, own_stage=own_stage)
     rows = check_layout(plan, n, world_size)
     assert list(plan.areas) == [int(dense[:, :, r].sum()) for r in rows]
     assert plan.received_fraction == pytest.approx(check_stages(plan, dense))
@@ -155,7 +161,7 @@ def test_stages_divide_the_remote_keys(num_stages):
 @pytest.mark.parametrize("num_stages", [3, 4])
 def test_pairs_are_cut_by_the_same_shares(monkeypatch, num_stages, growth):
     """Both ends cut alike; every stage has its share of each pair's keys, but for the rounding."""
-    monkeypatch.setattr(local, "_LEAST_PIECE", 1)
+    monkeypatch.setattr(local, "_TILE", 1)
     world_size = 5
     mask = builders.causal_document([60, 41])
     plan = replace(ShardPlan.build(mask, world_size, num_stages=num_stages, chunk_size=4), growth=growth)
@@ -171,8 +177,14 @@ def test_pairs_are_cut_by_the_same_shares(monkeypatch, num_stages, growth):
 
 
 @pytest.mark.parametrize("world_size, seed", [(8, 0), (16, 2)])
-def test_stages_of_a_rank_have_their_share_of_its_bytes(world_size, seed):
+def test_stages_of_a_rank_have_their_share_of_its_bytes(monkeypatch, world_size, seed):
     plan = ShardPlan.build(builders.causal_document(pack(8_192 * world_size, seed)), world_size, num_stages=4)
+    for rank in (0, world_size - 1):
+        for stage in plan.local(rank).stages[1:-1]:
+            # Whole tiles of each pair that is cut, the rest in the last stage.
+            counts = np.array(stage.receive_counts)
+            assert (counts[counts >= 3 * 128] % 128 == 0).all()
+    monkeypatch.setattr(local, "_TILE", 1)
     report, shares = plan.report(), np.array([plan.growth**s for s in range(3)])
     for moved in (report.received[:, 1:], report.sent[:, 1:]):
         busy = moved[moved.sum(1) > moved.sum(1).mean() / 2]
@@ -197,11 +209,13 @@ def test_several_masks_share_a_layout():
 
 def test_local_mask_is_that_of_the_stage():
     mask = builders.document([20, 43])
-    plan = ShardPlan.build(mask, 3)
-    part = plan.local(1)
-    for stage in range(plan.num_stages):
-        expected = mask.to_dense()[:, :, plan.rows(1)][..., part.stages[stage].columns]
-        assert plan.local_mask(1, stage).to_dense().equal(expected)
+    for own_stage in (0, 1):
+        plan = ShardPlan.build(mask, 3, num_stages=3, own_stage=own_stage)
+        part = plan.local(1)
+        for stage in range(plan.num_stages):
+            expected = mask.to_dense()[:, :, plan.rows(1)][..., part.stages[stage].columns]
+            expected &= stage >= own_stage
+            assert plan.local_mask(1, stage).to_dense().equal(expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
@@ -230,8 +244,9 @@ def test_equal_arguments_give_equal_plans():
         ShardPlan.build(builders.causal_document(lengths), 7, chunk_size=100),
         ShardPlan.build(builders.causal_document(lengths), 7, num_stages=5),
         ShardPlan.build(builders.causal_document([*lengths[:-1], lengths[-1] - 1, 1]), 7),
+        replace(plans[0], own_stage=1 - plans[0].own_stage),
     ]
-    assert len({plan.fingerprint() for plan in [plans[0], *changed]}) == 5
+    assert len({plan.fingerprint() for plan in [plans[0], *changed]}) == 6
 
 
 def test_a_plan_and_its_parts_travel_by_pickle():
@@ -353,9 +368,14 @@ def test_strategies_are_what_they_say(n, world_size):
 
 def test_the_cost_model_chooses_the_stages():
     mask = builders.document([131_072])
-    slow, fast = (ShardPlan.build(mask, 8, cost=CostModel(bandwidth=bandwidth)) for bandwidth in (5e9, 3e12))
-    assert 2 < slow.num_stages <= 8 and fast.num_stages == 2
-    assert ShardPlan.build(mask, 8, num_stages=3).num_stages == 3
+    links = [CostModel(bandwidth=bandwidth, host_ranks=1) for bandwidth in (5e9, 4.5e10, 3e12)]
+    slow, usual, fast = (ShardPlan.build(mask, 8, cost=cost).staging for cost in links)
+    assert 2 < slow.num_stages <= 8 and slow.own_stage == usual.own_stage == 0
+    # Waiting for the keys costs less than merging once more.
+    assert fast.num_stages == 2 and fast.own_stage == 1
+    given = ShardPlan.build(mask, 8, num_stages=3, cost=links[2])
+    assert given.num_stages == 3 and given.own_stage == 0
+    assert ShardPlan.build(mask, 8, own_stage=0, cost=links[2]).own_stage == 0
 
 
 def test_masks_count_by_their_weights():
@@ -374,7 +394,7 @@ def test_rings_of_ranks_share_rows(n, world_size, head_parallel):
     mask = builders.causal_document(pack(n, seed=2))
     plan = ShardPlan.build(mask, world_size, head_parallel=head_parallel)
     rows = check_layout(plan, n, world_size)
-    of_rings = ShardPlan.build(mask, world_size // head_parallel)
+    of_rings = replace(ShardPlan.build(mask, world_size // head_parallel), **plan.staging._asdict())
     for ring in range(plan.rings):
         together = torch.cat(rows[ring * head_parallel : (ring + 1) * head_parallel])
         assert together.equal(of_rings.rows(ring))

@@ -15,21 +15,24 @@ from fm_longctx.mask import builders
 from fm_longctx.train.plan_cli import main
 
 ROOT = Path(__file__).parents[2]
+COST = CostModel(kv_heads=2, head_dim=64, host_ranks=2)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 def test_bytes_and_scores_of_each_stage(num_stages):
     mask = builders.causal_document([50, 51])
-    plan = ShardPlan.build(mask, 4, chunk_size=5, num_stages=num_stages, cost=CostModel(kv_heads=2, head_dim=64))
+    plan = ShardPlan.build(mask, 4, chunk_size=5, num_stages=num_stages, cost=COST)
     report = plan.report()
     bytes_of_key = 2 * 2 * 64 * 2
     for rank in range(4):
         for s, stage in enumerate(plan.local(rank).stages):
             if s == 0 or num_stages in (2, 4):
                 assert report.scores[rank, s] == pytest.approx(int(stage.mask.area().sum()))
-            assert report.received[rank, s] == sum(stage.receive_counts) * bytes_of_key
-            assert report.sent[rank, s] == sum(stage.send_counts) * bytes_of_key
-    assert report.received.sum() == report.sent.sum() > 0
+            received, sent = np.array(stage.receive_counts) * bytes_of_key, np.array(stage.send_counts) * bytes_of_key
+            assert report.received[rank, s] == received.sum() and report.sent[rank, s] == sent.sum()
+            other_host = np.arange(4) // 2 != rank // 2
+            assert report.far[rank, s] == max(received[other_host].sum(), sent[other_host].sum())
+    assert report.received.sum() == report.sent.sum() > 0 and report.far.sum() > 0
 
 
 def test_several_masks_batches_and_heads_are_one_average_layer():
