@@ -173,6 +173,7 @@ def sampled(plan: ShardPlan, count: int) -> list[int]:
 def replay(prepared: Prepared, size: int, options: argparse.Namespace) -> dict[str, Any]:
     """Measured and modelled seconds, and rates, of one layout."""
     begin, cost = time.perf_counter(), cost_model(options)
+    wake(options)
     times = [measure(part, prepared.heads, options) for part in prepared.parts]
     forward, backward = (np.array([list(t[i]) for t in times]) for i in (0, 1))
     # Where there are fewer key/value heads than members, several hold the same one.
@@ -214,6 +215,30 @@ def replay(prepared: Prepared, size: int, options: argparse.Namespace) -> dict[s
         "total_backward_tflops": rates(float(modelled[1].max()), 2.5),
         "seconds": time.perf_counter() - begin,
     }
+
+
+def wake(options: argparse.Namespace) -> None:
+    """Keep a GPU busy for a moment: one that waited for a plan has lowered its clocks."""
+    if options.device == "cpu":
+        return
+    x = torch.zeros(8192, 8192, device=options.device, dtype=torch.bfloat16)
+    for _ in range(100):  # some 150 ms
+        x @ x
+    torch.cuda.synchronize()
+
+
+def warm(name: str, heads: tuple[int, int], options: argparse.Namespace) -> None:
+    """Compile the kernels that ranks of a mask with so many heads run, into the cache that the timing process reads."""
+    small = argparse.Namespace(
+        **vars(options) | {"tokens": min(2048, options.tokens), "repeats": 1, "ranks_sampled": 1}
+    )
+    mask = MASKS[name](4 * small.tokens, 0)
+    for own_stage in (0, 1):
+        plan = ShardPlan.build(mask, 4, num_stages=2, own_stage=own_stage)
+        measure(plan.local(1).stages, heads, small)
+    measure([whole(mask)], heads, small)
+    if heads == tuple(options.heads):
+        measure([whole(mask.select(plan.rows(1)))], heads, small)
 
 
 def measure_trade(members: int, options: argparse.Namespace) -> list[float]:

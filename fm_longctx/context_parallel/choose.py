@@ -36,7 +36,7 @@ def choose(
     head_parallel: int | Literal["auto"],
     cost: CostModel,
 ) -> Choice:
-    """Arguments as in `ShardPlan.build`. Of the choices of head parallelism within 1% of the fastest, the smallest."""
+    """Arguments as in `ShardPlan.build`. Head parallelism, if it is chosen, is the one of the fastest plan."""
     if head_parallel == "auto":
         candidates = ways_to_split(world_size, num_stages, own_stage, cost)
     else:
@@ -48,8 +48,7 @@ def choose(
         layout = choose_layout(masks, parts, weights, rings, strategy, chunk_size, cost, cost.rings_a_host(members))
         staging, seconds = choose_stages(layout, cost, num_stages, own_stage, members)
         found.append((seconds, Choice(members, layout, staging)))
-    good = 1.01 * min(seconds for seconds, _ in found)
-    return next(choice for seconds, choice in found if seconds <= good)
+    return min(found, key=lambda timed: timed[0])[1]
 
 
 def ways_to_split(world_size: int, num_stages: int | None, own_stage: int | None, cost: CostModel) -> list[int]:

@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from fm_longctx.context_parallel.coverage import Floats
 
-# Bytes a stage more moves for each element of the rows that are merged. Forward: one written, two read, one written, in
-# float32. Backward: as much for dQ, and by the replay on an H100 (benchmarks/results) twice as much again in what a
-# kernel of fewer keys loses.
-_FORWARD_MERGE = 16.0
-_BACKWARD_MERGE = 48.0
+# Bytes a stage more moves for each element of the rows that are merged: one written, two read, one written, in float32.
+_MERGE = 16.0
+# Of the seven products of a tile that the backward computes, those for dK and dV and what they are made of; the others
+# are dQ's kernel's.
+_KEY_SHARE = 4 / 7
+# Columns of a block of the dK and dV kernel.
+_COLUMNS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class CostModel:
     """FLOP/s of the forward kernel on the tiles that it visits."""
     backward_flops: float = 4.8e14
     """FLOP/s of the backward kernel on the tiles that it visits."""
+    processors: int = 132
+    """Streaming multiprocessors: how many blocks of a kernel run at the same time."""
     bandwidth: float = 4.5e10
     """Bytes a second that a rank can send to other hosts and, at the same time, receive from them."""
     host_bandwidth: float = 3e11
@@ -88,14 +92,24 @@ class CostModel:
         """Seconds for the gradients of so many scores: 2.5 times the forward's FLOPs."""
         return 10.0 * self.head_dim * self.heads * scores / self.backward_flops
 
-    def merge(self, rows: Floats) -> Floats:
-        """Seconds that a stage more costs the forward, beyond its scores: the part's output is written, both are read
-        and one is written, in float32."""
-        return _FORWARD_MERGE * rows * self.heads * self.head_dim / self.memory_bandwidth
+    def backward_stage(self, scores: Floats, longest: Floats) -> Floats:
+        """Seconds for the gradients of a stage: not less than the block of keys takes that most rows see.
 
-    def merge_backward(self, rows: Floats) -> Floats:
-        """Seconds that a stage more costs the backward: as `merge` for dQ, and Q and dO are read once more."""
-        return _BACKWARD_MERGE * rows * self.heads * self.head_dim / self.memory_bandwidth
+        One processor goes through all of these rows, for all query heads of a key/value head, one after the other: with
+        head parallelism a rank has rows of many ranks and few key/value heads, and may wait for it.
+
+        Args:
+            longest: rows that the key sees that most rows see.
+        """
+        seconds = self.backward_compute(scores)
+        of_block = longest * _COLUMNS * (self.heads // self.kv_heads)
+        list_seconds = _KEY_SHARE * 10.0 * self.head_dim * of_block * self.processors / self.backward_flops
+        return np.where(scores > 0, np.maximum(seconds, (1 - _KEY_SHARE) * seconds + list_seconds), 0.0)
+
+    def merge(self, rows: Floats) -> Floats:
+        """Seconds to merge a stage's output (or part of dQ) into the rank's: both read and one written in float32, and
+        the part before that written."""
+        return _MERGE * rows * self.heads * self.head_dim / self.memory_bandwidth
 
     def transfer(self, far: Floats, near: Floats | float = 0.0) -> Floats:
         """Seconds for exchanges in which a rank sends or receives at most so many bytes; 0 for none.
@@ -160,6 +174,8 @@ class Work(NamedTuple):
     """The same within its host."""
     rows: Floats
     """`[ranks]`: rows of each rank that see keys of others: the others are not merged."""
+    longest: Floats
+    """Rows that see the key that most rows see."""
 
     @property
     def merges(self) -> npt.NDArray[np.bool_]:
@@ -173,7 +189,7 @@ def predict_forward(cost: CostModel, work: Work) -> Prediction:
     >>> shape = dict(heads=1, kv_heads=1, head_dim=1, element_bytes=1, forward_flops=4, bandwidth=2, latency=0)
     >>> model = CostModel(**shape, memory_bandwidth=1e30)
     >>> far = np.array([[0.0, 1.5, 2.0]])
-    >>> work = Work(np.array([[2.0, 1.0, 1.0]]), far, 0 * far, np.ones(1))
+    >>> work = Work(np.array([[2.0, 1.0, 1.0]]), far, 0 * far, np.ones(1), 0 * far)
     >>> predict_forward(model, work).total.round(6).tolist()
     [4.5]
     """
@@ -185,7 +201,7 @@ def predict_backward(cost: CostModel, work: Work) -> Prediction:
     """The backward: gradients of a stage travel while the stages before it are computed; the rank's own keys come
     last, unless they are attended to with others'."""
     # Each stage's part of dQ is added to the others'.
-    compute = cost.backward_compute(work.scores) + cost.merge_backward(work.rows)[:, None] * work.merges
+    compute = cost.backward_stage(work.scores, work.longest) + cost.merge(work.rows)[:, None] * work.merges
     return backward_timeline(
         compute, cost.transfer(*(keys * cost.backward_key_bytes for keys in (work.far, work.near)))
     )

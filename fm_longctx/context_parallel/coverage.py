@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 
 # Up to so many chunks, pairs of them are counted in a table of all pairs: faster than sorting.
 _DENSE_CHUNKS = 2048
+# Of more segments only some are looked at for the column that most rows see.
+_MOST_SEGMENTS = 1 << 15
 
 
 class Segments(NamedTuple):
@@ -249,6 +251,31 @@ def seen_areas(parts: Segments, rows: Ints) -> Ints:
     above, until = np.searchsorted(rows, parts.first), np.searchsorted(rows, parts.last)
     hidden = above * width + (until - above) * (parts.last - 1) - (summed[until] - summed[above])
     return visible - np.where(parts.diagonal, hidden, 0)
+
+
+def longest_lists(parts: Segments, bounds: Ints, owners: Ints, world_size: int) -> Floats:
+    """`[2, ranks]`: rows of each rank that see the column that most of its rows see, of its own and of other ranks'
+    columns; in the batch entry and head that has most. Of very many segments some are looked at."""
+    parts = parts.cut(bounds)
+    parts = parts.take(np.arange(0, len(parts.first), 1 + len(parts.first) // _MOST_SEGMENTS))
+    sizes = np.zeros((world_size, len(owners) + 1), dtype=np.int64)
+    sizes[owners, np.arange(1, len(owners) + 1)] = np.diff(bounds)
+    before = sizes.cumsum(1)
+
+    def rows_below(x: Ints) -> Ints:
+        """`[ranks, S]`: rows of each rank below a position."""
+        chunk = np.clip(np.searchsorted(bounds, x, side="right") - 1, 0, len(owners) - 1)
+        below: Ints = before[:, chunk]
+        below[owners[chunk], np.arange(len(x))] += x - bounds[chunk]
+        return below
+
+    # The first column of a segment is the one that most see.
+    seeing = before[:, -1:] - np.where(parts.diagonal, rows_below(parts.first), 0)
+    for starts, ends in zip(parts.starts, parts.ends, strict=True):
+        seeing -= rows_below(ends) - rows_below(starts)
+    source = owners[np.searchsorted(bounds, parts.first, side="right") - 1]
+    own = source == np.arange(world_size)[:, None]
+    return np.stack([np.where(some, seeing, 0).max(1, initial=0) for some in (own, ~own)]).astype(np.float64)
 
 
 def row_area(parts: Segments) -> Ints:

@@ -11,11 +11,13 @@ import numpy as np
 from fm_longctx.context_parallel.assign import STRATEGIES, balanced, contiguous, zigzag
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.coverage import (
+    Floats,
     Ints,
     Needs,
     Segments,
     chunk_areas,
     chunk_needs,
+    longest_lists,
     row_area,
     seen_by,
     segments,
@@ -51,6 +53,9 @@ class Layout:
     """`[problem.chunks]`: the owners before neighbours of one rank were joined."""
     keys: Ints
     """`[ranks, ranks]`, [destination, source]: keys that travel, as far as the problem tells."""
+    longest: Floats
+    """`[2, ranks]`: rows that see the column that most rows of a rank see, of its own and of others', mean over masks.
+    """
     entries: float
     """Batch entries whose keys travel for each position, mean over masks."""
 
@@ -107,6 +112,7 @@ def choose_layout(
         bounds, areas, problem = pose(share if strategy == "contiguous" else max(1, share // 2))
         assigned = (contiguous if strategy == "contiguous" else zigzag)(len(bounds) - 1, world_size)
         keys = _exchanged(problem, assigned)
+    lists = [longest_lists(part, bounds, assigned, world_size) for part in parts]
     changes = np.flatnonzero(np.diff(assigned, prepend=-1))
     return Layout(
         world_size=world_size,
@@ -116,6 +122,7 @@ def choose_layout(
         problem=problem,
         assigned=assigned,
         keys=keys,
+        longest=np.average(lists, axis=0, weights=weights),
         entries=float(np.average([mask.batch for mask in masks], weights=weights)),
     )
 

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fm_longctx.context_parallel.coverage import Ints, covered, seen_areas, seen_columns, seen_ranges, segments
+from fm_longctx.context_parallel.coverage import (
+    Ints,
+    covered,
+    seen_areas,
+    seen_columns,
+    seen_ranges,
+    segments,
+)
 from fm_longctx.context_parallel.stages import Stage
 from fm_longctx.mask.flash_mask import FlashMask
 

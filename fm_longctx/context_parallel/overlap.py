@@ -32,17 +32,25 @@ class StageTables(NamedTuple):
     """Keys that arrive from other hosts or leave for them, whichever are more."""
     near: Floats
     """The same within the host."""
+    longest: Floats
+    """Rows that see the key that most of the ring's rows see; as if every stage that brings keys had it."""
 
 
-def stage_tables(scores: Floats | Ints, keys: Ints, staging: Staging, rings_a_host: int) -> StageTables:
+def stage_tables(
+    scores: Floats | Ints, keys: Ints, longest: Floats, staging: Staging, rings_a_host: int
+) -> StageTables:
     """Stages from the scores and keys of every pair of rings, `[destination, source]`; own ones on the diagonal.
 
     Args:
+        longest: `[2, rings]`: rows of each ring that see the key that most of its rows see, of its own and of others'.
         rings_a_host: ring r is on host r // rings_a_host.
     """
     rings = len(scores)
-    tables = StageTables(*(np.zeros((rings, staging.num_stages)) for _ in range(5)))
+    tables = StageTables(*(np.zeros((rings, staging.num_stages)) for _ in range(6)))
     tables.scores[:, staging.own_stage if rings > 1 else 0] = scores.diagonal()
+    tables.longest[:, 1:] = longest[1][:, None]
+    own = tables.longest[:, staging.own_stage if rings > 1 else 0]
+    np.maximum(own, longest[0], out=own)
     # Of many rings few pairs meet.
     destination, source = np.nonzero(keys)
     remote = destination != source
@@ -70,6 +78,8 @@ class Pairs(NamedTuple):
     """`[destination, source]`: keys that the destination's rows see."""
     rows: Floats
     """`[rings]`: rows that see keys of others."""
+    longest: Floats
+    """`[2, rings]`: as `stage_tables` takes it."""
 
 
 def pairs(layout: Layout) -> Pairs:
@@ -86,7 +96,7 @@ def pairs(layout: Layout) -> Pairs:
     # What needs tell of scores is an upper bound: a tile counts whole.
     scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
     np.fill_diagonal(scores, load - scores.sum(1))
-    return Pairs(scores, layout.keys, problem.merging(owners))
+    return Pairs(scores, layout.keys, problem.merging(owners), layout.longest)
 
 
 def choose_stages(
@@ -109,9 +119,9 @@ def choose_stages(
     trade = 2 * float(np.max(cost.trade_heads(np.array(layout.problem.sizes.sum() / rings / members), members)))
 
     def time(staging: Staging) -> float:
-        tables = stage_tables(between.scores / members, between.keys, staging, a_host)
+        tables = stage_tables(between.scores / members, between.keys, between.longest, staging, a_host)
         share = layout.entries * max(1 / members, 1 / cost.kv_heads)
-        work = Work(tables.scores, tables.far * share, tables.near * share, between.rows / members)
+        work = Work(tables.scores, tables.far * share, tables.near * share, between.rows / members, tables.longest)
         return trade + float(predict_forward(cost, work).total.max() + predict_backward(cost, work).total.max())
 
     counts = range(min(rings, 2), min(rings, _MOST_STAGES) + 1) if num_stages is None else [num_stages]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fm_longctx.context_parallel.cost import Prediction, Work, predict_backward, predict_forward
-from fm_longctx.context_parallel.coverage import Floats, chunk_needs, segments
+from fm_longctx.context_parallel.coverage import Floats, chunk_needs, longest_lists, segments
 from fm_longctx.context_parallel.overlap import stage_tables
 from fm_longctx.context_parallel.problem import merging_rows
 from fm_longctx.mask.draw import MAX_CELLS, cell_colours, palette, rank_of_block, visible_share
@@ -52,11 +52,13 @@ class PlanReport:
         ranks, cost, heads = plan.rings, plan.cost, plan.head_parallel
         total = sum(plan.weights)
         scores, received, sent, far, near = (np.zeros((ranks, plan.num_stages)) for _ in range(5))
-        merging = np.zeros(ranks)
+        merging, longest = np.zeros(ranks), np.zeros((ranks, plan.num_stages))
         bounds, owners = plan.bounds.numpy(), plan.owners.numpy()
         for mask, weight, (area, seen) in zip(plan.masks, plan.weights, plan.tables, strict=True):
-            tables = stage_tables(area, seen, plan.staging, cost.rings_a_host(heads))
-            needs = chunk_needs(segments(mask), bounds)
+            parts = segments(mask)
+            needs, lists = chunk_needs(parts, bounds), longest_lists(parts, bounds, owners, ranks)
+            tables = stage_tables(area, seen, lists, plan.staging, cost.rings_a_host(heads))
+            longest += tables.longest * (weight / total)
             share = weight / total / heads
             # Where there are fewer key/value heads than members, several hold the same one.
             of_keys = weight / total * mask.batch * max(1 / heads, 1 / cost.kv_heads)
@@ -71,7 +73,7 @@ class PlanReport:
                 sums += keys * of_keys
         rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
         trade = cost.trade_heads(rows / heads, heads)
-        work = Work(scores, far, near, merging)
+        work = Work(scores, far, near, merging, longest)
         forward, backward = predict_forward(cost, work), predict_backward(cost, work)
         return cls(
             plan=plan,

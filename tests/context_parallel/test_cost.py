@@ -19,9 +19,9 @@ UNIT = CostModel(
 )
 
 
-def work(scores, far, rows=1.0):
+def work(scores, far, rows=1.0, longest=0.0):
     scores, far = np.array([scores]), np.array([far])
-    return Work(scores, far, np.zeros_like(far), np.array([rows]))
+    return Work(scores, far, np.zeros_like(far), np.array([rows]), np.full_like(far, longest))
 
 
 def test_seconds_by_hand():
@@ -71,9 +71,19 @@ def test_merging_costs_memory_traffic_for_each_stage_that_others_came_before():
         compute = predict_forward(cost, work(scores, [0.0] * 3, rows=8_192.0)).compute
         assert compute[0] == pytest.approx(16 * 8_192 * 64 * 128 / 2.5e12, rel=1e-6)
     assert predict_forward(cost, work([0.0, 1.0], [0.0] * 2, rows=8_192.0)).compute[0] == pytest.approx(0, abs=1e-9)
-    # The backward loses three times as much.
     compute = predict_backward(cost, work([1.0, 1.0], [0.0] * 2, rows=8_192.0)).compute
-    assert compute[0] == pytest.approx(48 * 8_192 * 64 * 128 / 2.5e12, rel=1e-6)
+    assert compute[0] == pytest.approx(16 * 8_192 * 64 * 128 / 2.5e12, rel=1e-6)
+
+
+def test_a_key_that_many_rows_see_holds_up_the_backward():
+    """One of 132 processors has its block's four products for 65,536 rows and 8 query heads to itself."""
+    cost = CostModel(heads=8, kv_heads=1)
+    scores, longest = np.array([1e9, 0.0, 1e12]), np.full(3, 65_536.0)
+    alone = 4 * 2 * 128 * 128 * 65_536 * 8 / (4.8e14 * 7 / 5 / 132)
+    shared = 10 * 128 * 8 / 4.8e14
+    assert cost.backward_stage(scores, longest).tolist() == pytest.approx(
+        [3 / 7 * 1e9 * shared + alone, 0, 1e12 * shared]
+    )
 
 
 @pytest.mark.parametrize(
