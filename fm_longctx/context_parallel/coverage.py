@@ -19,8 +19,8 @@ Floats = npt.NDArray[np.float64]
 
 # Up to so many chunks, pairs of them are counted in a table of all pairs: faster than sorting.
 _DENSE_CHUNKS = 2048
-# Of more segments only some are looked at for the column that most rows see.
-_MOST_SEGMENTS = 1 << 15
+# Of more pairs of a rank and a segment only some are looked at for the column that most rows see.
+_MOST_PAIRS = 1 << 20
 
 
 class Segments(NamedTuple):
@@ -257,7 +257,7 @@ def longest_lists(parts: Segments, bounds: Ints, owners: Ints, world_size: int) 
     """`[2, ranks]`: rows of each rank that see the column that most of its rows see, of its own and of other ranks'
     columns; in the batch entry and head that has most. Of very many segments some are looked at."""
     parts = parts.cut(bounds)
-    parts = parts.take(np.arange(0, len(parts.first), 1 + len(parts.first) // _MOST_SEGMENTS))
+    parts = parts.take(np.arange(0, len(parts.first), 1 + len(parts.first) * world_size // _MOST_PAIRS))
     sizes = np.zeros((world_size, len(owners) + 1), dtype=np.int64)
     sizes[owners, np.arange(1, len(owners) + 1)] = np.diff(bounds)
     before = sizes.cumsum(1)

@@ -122,8 +122,8 @@ class _State:
         self.left -= np.bincount(problem.odd[chunks], minlength=2)
 
         changed = np.flatnonzero(self.needed != before)
-        begins, needs = problem.transposed
-        entries = slice(begins[changed[0]], begins[changed[-1] + 1])
+        needs = problem.transposed[1]
+        entries = problem.entries_of(changed)
         columns, keys = needs.columns[entries], needs.keys[entries]
         less = np.maximum(keys - before[columns], 0) - np.maximum(keys - self.needed[columns], 0)
         self.extra -= np.bincount(needs.rows[entries], less, problem.chunks)

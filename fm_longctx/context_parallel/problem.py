@@ -85,6 +85,16 @@ class Problem:
         needs = Needs(self.needs.rows[order], self.needs.columns[order], self.needs.keys[order])
         return np.searchsorted(needs.columns, np.arange(self.chunks + 1)), needs
 
+    def entries_of(self, columns: Ints) -> Ints | slice:
+        """Where the entries of these column chunks, at least one and ascending, are in `transposed`; if they lie close
+        together with those between them, whose chunks must not matter."""
+        begins = self.transposed[0][columns]
+        counts = self.transposed[0][columns + 1] - begins
+        end = int(begins[-1] + counts[-1])
+        if end - begins[0] <= 2 * counts.sum():
+            return slice(int(begins[0]), end)
+        return np.arange(counts.sum()) + np.repeat(begins - (counts.cumsum() - counts), counts)
+
     @cached_property
     def reach(self) -> Floats:
         """`[chunks]`: columns of other chunks that a chunk's rows see."""

@@ -143,20 +143,33 @@ class _Traffic:
         begins, counts = problem.by_row[mine], np.diff(problem.by_row)[mine]
         row = np.repeat(np.arange(len(mine)), counts)
         entries = np.arange(len(row)) + np.repeat(begins - (counts.cumsum() - counts), counts)
-        table = np.zeros((len(mine), len(own)))
-        table[row, needs.columns[entries]] = needs.keys[entries]
+        columns = needs.columns[entries]
+        seen = np.zeros(len(own), dtype=bool)
+        seen[columns] = True
+        # Of many chunks a rank needs few.
+        some = np.flatnonzero(seen)
+        table = np.zeros((len(mine), len(some)))
+        table[row, (seen.cumsum() - 1)[columns]] = needs.keys[entries]
 
-        everywhere = np.arange(len(own))
+        everywhere = np.arange(len(some))
         top = table.argmax(0)
         most = table[top, everywhere]
         table[top, everywhere] = 0
         second = table.max(0)
-        self.top[rank], self.most[rank], self.second[rank] = mine[top], most, second
-        received = np.where(own, 0, most)
-        self.incoming[rank], self.received[rank] = received, received.sum()
+        for values, default, found in (
+            (self.top, mine[0], mine[top]),
+            (self.most, 0, most),
+            (self.second, 0, second),
+            (self.incoming, 0, np.where(own[some], 0, most)),
+        ):
+            values[rank] = default
+            values[rank, some] = found
+        self.received[rank] = self.incoming[rank].sum()
         # A chunk that joins brings its needs, and its own columns need no longer travel; one that leaves the reverse.
-        have = np.where(own, np.inf, most)
-        more = np.maximum(needs.keys - have[needs.columns], 0)
-        self.joining[rank] = np.bincount(needs.rows, more, len(own)) - received
-        alone = np.bincount(top, np.where(own, 0, most - second), len(mine))
-        self.leaving[mine] = alone - np.where(top[mine] == np.arange(len(mine)), second[mine], most[mine])
+        have = np.where(own, np.inf, self.most[rank])
+        by_column, needs = problem.entries_of(np.flatnonzero(have)), problem.transposed[1]
+        less = np.minimum(needs.keys[by_column], have[needs.columns[by_column]])
+        self.joining[rank] = problem.reach - np.bincount(needs.rows[by_column], less, len(own)) - self.incoming[rank]
+        alone = np.bincount(top, np.where(own[some], 0, most - second), len(mine))
+        most_of, second_of = self.most[rank, mine], self.second[rank, mine]
+        self.leaving[mine] = alone - np.where(self.top[rank, mine] == mine, second_of, most_of)
