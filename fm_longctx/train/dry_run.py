@@ -24,7 +24,7 @@ from fm_longctx.train.estimate_time import (
     sharding_bytes,
     step_time,
 )
-from fm_longctx.train.inputs import make_stream
+from fm_longctx.train.inputs import make_stream, plan_options
 from fm_longctx.train.ranks import ranks_started
 from fm_longctx.train.tasks.models import build_model
 from fm_longctx.train.tasks.stream import RecordStream
@@ -191,7 +191,7 @@ def _sample(config: Config, stream: Any, data: int, shape: Shape, gpu: Gpu, samp
         batch_size=config.data.batch_size,
         dp_size=1,
         cp_size=context,
-        plan_options=config.parallel.plan_options,
+        plan_options=plan_options(config),
     )
     try:
         batches = [loader.make(i * config.data.batch_size) for i in range(samples)]

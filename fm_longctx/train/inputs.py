@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.data import (
     ByteTokenizer,
     DatasetFeed,
@@ -25,6 +28,9 @@ from fm_longctx.train.engines.world import World
 from fm_longctx.train.model import huggingface_config
 from fm_longctx.train.tasks.inputs import check_records, record_stream
 from fm_longctx.train.tasks.stream import RecordStream
+
+# Where torchrun does not say how many ranks a host has.
+_GPUS_A_HOST = 8
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
@@ -109,6 +115,21 @@ def make_stream(config: Config) -> PackedStream | FeedStream | RecordStream:
     return FeedStream(feed(data), make_tokenizer(data), **packing)  # type: ignore[arg-type]
 
 
+def plan_options(config: Config) -> dict[str, Any]:
+    """What `ShardPlan.build` is told: the layout that the config asks for, and for which layer and hosts."""
+    shape = huggingface_config(config.model, max_length=config.data.sequence_length)
+    tensor = config.parallel.tensor
+    heads, kv_heads = (max(1, n // tensor) for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    cost = CostModel(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
+        element_bytes=4 if config.train.precision == "float32" else 2,
+        host_ranks=max(1, int(os.environ.get("LOCAL_WORLD_SIZE", _GPUS_A_HOST)) // tensor),
+    )
+    return {**config.parallel.plan_options, "cost": cost}
+
+
 def make_loader(config: Config, world: World) -> Loader:
     """This rank's loader."""
     return Loader(
@@ -118,7 +139,7 @@ def make_loader(config: Config, world: World) -> Loader:
         dp_size=world.dp_size,
         cp_rank=world.cp_rank,
         cp_size=world.cp_size,
-        plan_options=config.parallel.plan_options,
+        plan_options=plan_options(config),
         accumulation=config.train.gradient_accumulation,
         balance=config.data.balance,
         lookahead=config.data.lookahead,

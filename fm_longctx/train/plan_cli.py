@@ -52,7 +52,12 @@ def _parser(usage: str | None) -> _Parser:
     parser.add_argument("--strategy", help=f"one of {', '.join(STRATEGIES)} (balanced, or the config's)")
     parser.add_argument("--chunk-size", type=int, help="tokens in a chunk; chosen, or the config's, if not given")
     parser.add_argument("--stages", type=int, help="stages of the exchange; chosen, or the config's, if not given")
-    parser.add_argument("--head-parallel", type=int, help="ranks that split heads instead of keys (1, or the config's)")
+    parser.add_argument(
+        "--head-parallel",
+        type=_number_or_auto,
+        metavar="U",
+        help="ranks that split heads instead of keys, or auto (1, or the config's)",
+    )
     parser.add_argument("--draw", metavar="PATH", help="save a picture as well, .png or .svg")
     cost = parser.add_argument_group("cost model", "what the times are predicted from; with --config heads are its own")
     defaults = CostModel()
@@ -88,6 +93,10 @@ def _plan(options: argparse.Namespace) -> ShardPlan:
     }
     layout |= {name: value for name, value in given.items() if value is not None}
     return ShardPlan.build(mask, ranks, cost=CostModel(**shape), **layout)
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

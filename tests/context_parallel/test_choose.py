@@ -11,6 +11,8 @@ from fm_longctx.context_parallel.choose import ways_to_split
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.place import busiest, place
 from fm_longctx.mask import builders
+from fm_longctx.train.config_load import load
+from fm_longctx.train.inputs import plan_options
 
 
 def slowest(plan):
@@ -86,3 +88,14 @@ def test_documents_stay_on_a_host_where_they_can():
     apart = ShardPlan.build(mask, 8, cost=CostModel(host_ranks=1)).report()
     assert plan.imbalance <= 1.02
     assert report.far.sum() == 0 < apart.far.sum() == report.received.sum()
+
+
+def test_a_config_leaves_the_choice_to_the_layer_that_it_trains(monkeypatch):
+    arguments = ["--parallel.head_parallel", "null", "--parallel.context", "4", "--parallel.tensor", "2"]
+    config = load("configs/demo_cpu.yaml", [*arguments, "--model.num_attention_heads", "8"])
+    options = plan_options(config)
+    assert options["head_parallel"] == "auto"
+    assert (options["cost"].heads, options["cost"].host_ranks) == (4, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert plan_options(config)["cost"].host_ranks == 1
+    assert plan_options(load("configs/demo_cpu.yaml", []))["head_parallel"] == 1

@@ -44,8 +44,9 @@ class ParallelConfig:
     """Tokens in the unit of sharding of a sequence. None: the planner chooses."""
     stages: int | None = None
     """Stages of the exchange, each overlapped with the attention of the one before. None: the planner chooses."""
-    head_parallel: int = 1
-    """Context ranks that split heads instead of keys (Ulysses). Must divide parallel.context and the query heads."""
+    head_parallel: int | None = 1
+    """Context ranks that split heads instead of keys (Ulysses). Must divide parallel.context and the query heads. null:
+    the planner chooses for each batch, within a host."""
     reshard_after_forward: bool = True
     """fsdp: free a layer's gathered parameters after its forward and gather them again in its backward (as ZeRO-3)."""
     timeout_seconds: int = 600
@@ -65,7 +66,7 @@ class ParallelConfig:
             head_parallel=self.head_parallel,
             timeout_seconds=self.timeout_seconds,
         )
-        if self.context % self.head_parallel:
+        if self.head_parallel is not None and self.context % self.head_parallel:
             raise ValueError(
                 f"parallel.head_parallel={self.head_parallel} does not divide parallel.context={self.context}. Set it "
                 "to a divisor, or to 1 for none."
@@ -90,7 +91,7 @@ class ParallelConfig:
             "strategy": self.strategy,
             "chunk_size": self.chunk_size,
             "num_stages": self.stages,
-            "head_parallel": self.head_parallel,
+            "head_parallel": "auto" if self.head_parallel is None else self.head_parallel,
         }
 
     def data_ranks(self, ranks: int) -> int:
