@@ -1,11 +1,11 @@
 """Where context parallelism runs into its limits, by the cost model: 1M-16M tokens over 8-4096 GPUs. CPU only.
 
     python -m benchmarks.link_model                          # the table of docs/context_parallel.md
-    python -m benchmarks.link_model --bandwidth 3e11 --tokens 1 --ranks 8
+    python -m benchmarks.link_model --host-ranks 1 --tokens 1 --ranks 8
 
 Everything is modelled from a plan's exact counts, except planning time, which is measured, in CPU seconds of one
-thread. The mask is a pack of the published length mix, seed 0, causal. Beyond 64 GPUs rings of --head-parallel GPUs
-split the heads. A cell with fewer than --least tokens a GPU, or more than --most, is left out.
+thread, for all choices of head parallelism that were weighed. The mask is a pack of the published length mix, seed 0,
+causal. A cell with fewer than --least tokens a GPU, or more than --most, is left out.
 """
 
 from __future__ import annotations
@@ -29,13 +29,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--least", type=int, default=2048, help="tokens a rank")
     parser.add_argument("--most", type=int, default=1 << 18, help="tokens a rank")
-    parser.add_argument("--head-parallel", type=int, default=8, help="beyond 64 GPUs")
-    parser.add_argument("--bandwidth", type=float, default=defaults.bandwidth)
+    parser.add_argument("--host-ranks", type=int, default=defaults.host_ranks)
+    parser.add_argument("--host-bandwidth", type=float, default=defaults.host_bandwidth, help="within a host")
+    parser.add_argument("--bandwidth", type=float, default=defaults.bandwidth, help="between hosts")
     parser.add_argument("--latency", type=float, default=defaults.latency)
     parser.add_argument("--commit", help="the commit to record where there is no git")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cost = CostModel(bandwidth=options.bandwidth, latency=options.latency)
+    cost = CostModel(
+        bandwidth=options.bandwidth,
+        host_bandwidth=options.host_bandwidth,
+        host_ranks=options.host_ranks,
+        latency=options.latency,
+    )
     print(environment(options.commit), cost, sep="\n")
     print(
         "\n| tokens | GPUs | rings x heads | tokens a GPU | imbalance | received, of all-gather | MiB received, most | "
@@ -48,7 +54,7 @@ def main() -> None:
             if not options.least <= n // ranks <= options.most:
                 continue
             begin = time.process_time()
-            plan = ShardPlan.build(mask, ranks, head_parallel=options.head_parallel if ranks > 64 else 1, cost=cost)
+            plan = ShardPlan.build(mask, ranks, head_parallel="auto", cost=cost)
             seconds = time.process_time() - begin
             report = plan.report()
             forward, slowest = report.forward, int(report.forward.total.argmax())

@@ -77,7 +77,7 @@ class Pairs(NamedTuple):
     keys: Ints
     """`[destination, source]`: keys that the destination's rows see."""
     rows: Floats
-    """`[rings]`: rows that see keys of others."""
+    """`[rings]`: rows that see keys of others, over the batch entries."""
     longest: Floats
     """`[2, rings]`: as `stage_tables` takes it."""
 
@@ -96,7 +96,7 @@ def pairs(layout: Layout) -> Pairs:
     # What needs tell of scores is an upper bound: a tile counts whole.
     scores *= np.minimum(1, load / np.maximum(scores.sum(1), 1))[:, None]
     np.fill_diagonal(scores, load - scores.sum(1))
-    return Pairs(scores, layout.keys, problem.merging(owners), layout.longest)
+    return Pairs(scores, layout.keys, problem.merging(owners) * layout.entries, layout.longest)
 
 
 def choose_stages(
@@ -116,7 +116,8 @@ def choose_stages(
     rings = layout.world_size
     between = pairs(layout)
     a_host = cost.rings_a_host(members)
-    trade = 2 * float(np.max(cost.trade_heads(np.array(layout.problem.sizes.sum() / rings / members), members)))
+    rows = np.array(layout.problem.sizes.sum() * layout.entries / rings / members)
+    trade = 2 * float(cost.trade_heads(rows, members))
 
     def time(staging: Staging) -> float:
         tables = stage_tables(between.scores / members, between.keys, between.longest, staging, a_host)

@@ -225,7 +225,6 @@ class ShardPlan:
 
     @property
     def staging(self) -> Staging:
-        """How the exchange is cut."""
         return Staging(self.num_stages, self.growth, self.own_stage)
 
     @property

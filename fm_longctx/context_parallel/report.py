@@ -62,7 +62,7 @@ class PlanReport:
             share = weight / total / heads
             # Where there are fewer key/value heads than members, several hold the same one.
             of_keys = weight / total * mask.batch * max(1 / heads, 1 / cost.kv_heads)
-            merging += merging_rows(needs, np.diff(bounds), owners, ranks) * share
+            merging += merging_rows(needs, np.diff(bounds), owners, ranks) * share * mask.batch
             scores += tables.scores * (share / mask.heads)
             for sums, keys in (
                 (received, tables.received),
@@ -71,7 +71,8 @@ class PlanReport:
                 (near, tables.near),
             ):
                 sums += keys * of_keys
-        rows = np.bincount(plan.owners.numpy(), np.diff(plan.bounds.numpy()), ranks).astype(np.float64)
+        entries = float(np.average([mask.batch for mask in plan.masks], weights=plan.weights))
+        rows = entries * np.bincount(owners, np.diff(bounds), ranks)
         trade = cost.trade_heads(rows / heads, heads)
         work = Work(scores, far, near, merging, longest)
         forward, backward = predict_forward(cost, work), predict_backward(cost, work)

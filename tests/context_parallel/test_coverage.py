@@ -10,6 +10,7 @@ from fm_longctx import FlashMask
 from fm_longctx.context_parallel.coverage import (
     chunk_areas,
     chunk_needs,
+    longest_lists,
     seen_areas,
     seen_columns,
     seen_ranges,
@@ -106,6 +107,23 @@ def test_what_rows_see(case, data):
         assert seen_areas(pieces, rows)[at] == by_entry[entry, :, start:last].sum()
         seen = np.flatnonzero(by_entry[entry, :, start:last].any(0)) + start
         assert seen.tolist() == list(range(first[at], stop[at]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(masks_with_bounds(), st.data())
+def test_the_column_that_most_rows_see(case, data):
+    raw, bounds = case
+    ranks = data.draw(st.integers(1, 4))
+    owners = np.array(
+        data.draw(st.lists(st.integers(0, ranks - 1), min_size=len(bounds) - 1, max_size=len(bounds) - 1))
+    )
+    dense = dense_of_intervals(raw).numpy()
+    source = np.repeat(owners, np.diff(bounds))
+    own, others = longest_lists(segments(FlashMask(*raw[:2], causal=raw.causal)), bounds, owners, ranks)
+    for rank in range(ranks):
+        seeing = dense[:, :, source == rank].sum(2)
+        assert own[rank] == seeing[..., source == rank].max(initial=0)
+        assert others[rank] == seeing[..., source != rank].max(initial=0)
 
 
 def test_segments_of_documents_are_few():
