@@ -126,7 +126,13 @@ def choose_stages(
         return trade + float(predict_forward(cost, work).total.max() + predict_backward(cost, work).total.max())
 
     counts = range(min(rings, 2), min(rings, _MOST_STAGES) + 1) if num_stages is None else [num_stages]
-    times = {staging: time(staging) for staging in (Staging(count, 1.0, own_stage or 0) for count in counts)}
+    times: dict[Staging, float] = {}
+    for count in counts:
+        staging = Staging(count, 1.0, own_stage or 0)
+        times[staging] = time(staging)
+        # Once two more stages in turn were for nothing, yet more are.
+        if len(times) > 2 and min(list(times.values())[-2:]) > min(times.values()):
+            break
     # Growing stages are for having fewer of them.
     most = min(times, key=lambda staging: times[staging]).num_stages
     for staging in list(times):
