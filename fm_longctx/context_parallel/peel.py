@@ -123,10 +123,10 @@ class _State:
 
         changed = np.flatnonzero(self.needed != before)
         needs = problem.transposed[1]
-        entries = problem.entries_of(changed)
-        columns, keys = needs.columns[entries], needs.keys[entries]
+        of_changed = problem.entries_of(changed)
+        columns, keys = needs.columns[of_changed], needs.keys[of_changed]
         less = np.maximum(keys - before[columns], 0) - np.maximum(keys - self.needed[columns], 0)
-        self.extra -= np.bincount(needs.rows[entries], less, problem.chunks)
+        self.extra -= np.bincount(needs.rows[of_changed], less, problem.chunks)
         # Who owns a chunk need not receive it.
         received = changed[np.isfinite(self.needed[changed])]
         self.extra[received] -= self.needed[received] - before[received]
