@@ -45,6 +45,7 @@ from benchmarks.packs import typical_seed
 from benchmarks.replay import LAYOUTS, MASKS, Prepared, cost_model, prepare, replay, warm
 from fm_longctx import ShardPlan, flashmask_attention
 from fm_longctx.attention.passes import attention_forward, resolve_backend
+from fm_longctx.context_parallel.choose import ways_to_split
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.merge import merge_
 
@@ -102,22 +103,35 @@ def preparations(
     if not options.workers:
         yield from (partial(prepare, *case) for case in cases)
         return
+    compile_ahead(options)
     pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
     try:
-        if options.device != "cpu":
-            splits = {
-                (h // u, max(1, k // u)) for h, k in [options.heads] for u in (1, 2, 4, 8, *options.sizes) if h % u == 0
-            }
-            jobs = [pool.submit(warm, name, heads, options) for name in options.masks for heads in sorted(splits)]
-            # Only then: what another process runs on the GPU would be in the times.
-            for job in jobs:
-                job.result()
         made = deque(pool.submit(_prepared_bytes, *case) for case in cases)
         while made:
             # Each is dropped as soon as it was used: the parts of long sequences are large.
             yield partial(_result, made.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def compile_ahead(options: argparse.Namespace) -> None:
+    """Compile in processes what will be timed, and wait for it: what they run on the GPU must not be in the times."""
+    if options.device == "cpu":
+        return
+    h, k = options.heads
+    ways = ways_to_split(max(options.sizes), None, None, cost_model(options))
+    heads = {(h // u, max(1, k // u)): u in ways for u in (*ways, *options.sizes) if h % u == 0}
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            (name, split): pool.submit(warm, name, split, staged, options)
+            for name in options.masks
+            for split, staged in heads.items()
+        }
+        for (name, split), job in jobs.items():
+            # Nothing is lost but time: what is not in the cache is compiled when it is timed.
+            if error := job.exception():
+                where = [line.strip() for line in str(error.__cause__).splitlines() if "replay.py" in line]
+                print(f"warm-up of {name}, {split} heads: {str(error).splitlines()[0]} {where}", flush=True)
 
 
 def _prepared_bytes(*case: Any) -> bytes:

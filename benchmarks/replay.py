@@ -227,16 +227,18 @@ def wake(options: argparse.Namespace) -> None:
     torch.cuda.synchronize()
 
 
-def warm(name: str, heads: tuple[int, int], options: argparse.Namespace) -> None:
-    """Compile the kernels that ranks of a mask with so many heads run, into the cache that the timing process reads."""
-    small = argparse.Namespace(
-        **vars(options) | {"tokens": min(2048, options.tokens), "repeats": 1, "ranks_sampled": 1}
-    )
+def warm(name: str, heads: tuple[int, int], staged: bool, options: argparse.Namespace) -> None:
+    """Compile the kernels that ranks run for so many heads, into the cache that the timing process reads.
+
+    Args:
+        staged: by parts of plans as well, not only by the whole mask.
+    """
+    small = argparse.Namespace(**vars(options) | {"tokens": min(2048, options.tokens), "repeats": 1})
     mask = MASKS[name](4 * small.tokens, 0)
-    for own_stage in (0, 1):
+    measure([whole(mask)], heads, small)
+    for own_stage in (0, 1) if staged else ():
         plan = ShardPlan.build(mask, 4, num_stages=2, own_stage=own_stage)
         measure(plan.local(1).stages, heads, small)
-    measure([whole(mask)], heads, small)
     if heads == tuple(options.heads):
         measure([whole(mask.select(plan.rows(1)))], heads, small)
 

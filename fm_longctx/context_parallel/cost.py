@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from fm_longctx.context_parallel.coverage import Floats
 
-# Bytes a stage more moves for each element of the rows that are merged: one written, two read, one written, in float32.
-_MERGE = 16.0
+# Bytes that a stage more moves for each element, in float32: of all rows the part that is written; of those that are
+# merged two that are read and one that is written. Parts of dQ are added for all rows.
+_PART, _MERGE = 4.0, 12.0
 # Of the seven products of a tile that the backward computes, those for dK and dV and what they are made of; the others
 # are dQ's kernel's.
 _KEY_SHARE = 4 / 7
@@ -106,10 +107,14 @@ class CostModel:
         list_seconds = _KEY_SHARE * 10.0 * self.head_dim * of_block * self.processors / self.backward_flops
         return np.where(scores > 0, np.maximum(seconds, (1 - _KEY_SHARE) * seconds + list_seconds), 0.0)
 
-    def merge(self, rows: Floats) -> Floats:
-        """Seconds to merge a stage's output (or part of dQ) into the rank's: both read and one written in float32, and
-        the part before that written."""
-        return _MERGE * rows * self.heads * self.head_dim / self.memory_bandwidth
+    def merge(self, rows: Floats, merged: Floats) -> Floats:
+        """Seconds to merge a stage's output (or part of dQ) into the rank's.
+
+        Args:
+            rows: the rank's.
+            merged: of these, the ones that the stage's keys show something to; for dQ all.
+        """
+        return (_PART * rows + _MERGE * merged) * self.heads * self.head_dim / self.memory_bandwidth
 
     def transfer(self, far: Floats, near: Floats | float = 0.0) -> Floats:
         """Seconds for exchanges in which a rank sends or receives at most so many bytes; 0 for none.
@@ -164,7 +169,7 @@ class Prediction(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What each rank does in each stage, float64 `[ranks, stages]`, and how many of its rows are merged."""
+    """What each rank does in each stage, float64 `[ranks, stages]`, and its rows."""
 
     scores: Floats
     """Computed, for all mask heads' share of one query head."""
@@ -173,7 +178,9 @@ class Work(NamedTuple):
     near: Floats
     """The same within its host."""
     rows: Floats
-    """`[ranks]`: rows of each rank that see keys of others: the others are not merged."""
+    """`[ranks]`: rows of each rank."""
+    merged: Floats
+    """`[ranks]`: of these, the ones that see keys of others: the others are not merged."""
     longest: Floats
     """Rows that see the key that most rows see."""
 
@@ -189,11 +196,11 @@ def predict_forward(cost: CostModel, work: Work) -> Prediction:
     >>> shape = dict(heads=1, kv_heads=1, head_dim=1, element_bytes=1, forward_flops=4, bandwidth=2, latency=0)
     >>> model = CostModel(**shape, memory_bandwidth=1e30)
     >>> far = np.array([[0.0, 1.5, 2.0]])
-    >>> work = Work(np.array([[2.0, 1.0, 1.0]]), far, 0 * far, np.ones(1), 0 * far)
+    >>> work = Work(np.array([[2.0, 1.0, 1.0]]), far, 0 * far, np.ones(1), np.ones(1), 0 * far)
     >>> predict_forward(model, work).total.round(6).tolist()
     [4.5]
     """
-    compute = cost.forward_compute(work.scores) + cost.merge(work.rows)[:, None] * work.merges
+    compute = cost.forward_compute(work.scores) + cost.merge(work.rows, work.merged)[:, None] * work.merges
     return forward_timeline(compute, cost.transfer(*(keys * cost.forward_key_bytes for keys in (work.far, work.near))))
 
 
@@ -201,7 +208,8 @@ def predict_backward(cost: CostModel, work: Work) -> Prediction:
     """The backward: gradients of a stage travel while the stages before it are computed; the rank's own keys come
     last, unless they are attended to with others'."""
     # Each stage's part of dQ is added to the others'.
-    compute = cost.backward_stage(work.scores, work.longest) + cost.merge(work.rows)[:, None] * work.merges
+    merging = cost.merge(work.rows, work.rows)[:, None] * work.merges
+    compute = cost.backward_stage(work.scores, work.longest) + merging
     return backward_timeline(
         compute, cost.transfer(*(keys * cost.backward_key_bytes for keys in (work.far, work.near)))
     )

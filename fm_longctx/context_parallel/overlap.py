@@ -122,7 +122,8 @@ def choose_stages(
     def time(staging: Staging) -> float:
         tables = stage_tables(between.scores / members, between.keys, between.longest, staging, a_host)
         share = layout.entries * max(1 / members, 1 / cost.kv_heads)
-        work = Work(tables.scores, tables.far * share, tables.near * share, between.rows / members, tables.longest)
+        far, near, merged = tables.far * share, tables.near * share, between.rows / members
+        work = Work(tables.scores, far, near, np.full(rings, rows), merged, tables.longest)
         return trade + float(predict_forward(cost, work).total.max() + predict_backward(cost, work).total.max())
 
     counts = range(min(rings, 2), min(rings, _MOST_STAGES) + 1) if num_stages is None else [num_stages]

@@ -74,7 +74,7 @@ class PlanReport:
         entries = float(np.average([mask.batch for mask in plan.masks], weights=plan.weights))
         rows = entries * np.bincount(owners, np.diff(bounds), ranks)
         trade = cost.trade_heads(rows / heads, heads)
-        work = Work(scores, far, near, merging, longest)
+        work = Work(scores, far, near, rows / heads, merging, longest)
         forward, backward = predict_forward(cost, work), predict_backward(cost, work)
         return cls(
             plan=plan,

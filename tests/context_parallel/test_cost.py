@@ -19,9 +19,9 @@ UNIT = CostModel(
 )
 
 
-def work(scores, far, rows=1.0, longest=0.0):
+def work(scores, far, rows=1.0, merged=1.0, longest=0.0):
     scores, far = np.array([scores]), np.array([far])
-    return Work(scores, far, np.zeros_like(far), np.array([rows]), np.full_like(far, longest))
+    return Work(scores, far, np.zeros_like(far), np.array([rows]), np.array([merged]), np.full_like(far, longest))
 
 
 def test_seconds_by_hand():
@@ -66,13 +66,14 @@ def test_the_backward_hides_returns_behind_later_stages():
 
 
 def test_merging_costs_memory_traffic_for_each_stage_that_others_came_before():
-    cost = CostModel(latency=0)
+    cost, rows, merged = CostModel(latency=0), 8_192.0, 1_000.0
     for scores in ([1.0, 0.0, 1.0], [0.0, 1.0, 1.0]):
-        compute = predict_forward(cost, work(scores, [0.0] * 3, rows=8_192.0)).compute
-        assert compute[0] == pytest.approx(16 * 8_192 * 64 * 128 / 2.5e12, rel=1e-6)
-    assert predict_forward(cost, work([0.0, 1.0], [0.0] * 2, rows=8_192.0)).compute[0] == pytest.approx(0, abs=1e-9)
-    compute = predict_backward(cost, work([1.0, 1.0], [0.0] * 2, rows=8_192.0)).compute
-    assert compute[0] == pytest.approx(16 * 8_192 * 64 * 128 / 2.5e12, rel=1e-6)
+        done = work(scores, [0.0] * 3, rows, merged)
+        forward, backward = predict_forward(cost, done).compute[0], predict_backward(cost, done).compute[0]
+        assert forward == pytest.approx((4 * rows + 12 * merged) * 64 * 128 / 2.5e12, rel=1e-6)
+        assert backward == pytest.approx(16 * rows * 64 * 128 / 2.5e12, rel=1e-6)
+    alone = work([0.0, 1.0], [0.0] * 2, rows, merged)
+    assert predict_forward(cost, alone).compute[0] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_key_that_many_rows_see_holds_up_the_backward():
