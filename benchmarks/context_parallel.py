@@ -131,7 +131,7 @@ def compile_ahead(options: argparse.Namespace) -> None:
             # Nothing is lost but time: what is not in the cache is compiled when it is timed.
             if error := job.exception():
                 where = [line.strip() for line in str(error.__cause__).splitlines() if "replay.py" in line]
-                print(f"warm-up of {name}, {split} heads: {str(error).splitlines()[0]} {where}", flush=True)
+                print(f"warm-up of {name}, {split} heads: {str(error).splitlines()[0][:120]} {where}", flush=True)
 
 
 def _prepared_bytes(*case: Any) -> bytes:
