@@ -121,7 +121,7 @@ class _State:
         self.load += float(problem.load[chunks].sum())
         self.left -= np.bincount(problem.odd[chunks], minlength=2)
 
-        changed = np.flatnonzero(self.needed != before)
+        changed = (self.needed != before).nonzero()[0]
         needs = problem.transposed[1]
         of_changed = problem.entries_of(changed)
         columns, keys = needs.columns[of_changed], needs.keys[of_changed]

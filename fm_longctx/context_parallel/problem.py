@@ -79,6 +79,11 @@ class Problem:
         return np.searchsorted(self.needs.rows, np.arange(self.chunks + 1))
 
     @cached_property
+    def row_counts(self) -> Ints:
+        """`[chunks]`: how many entries each row chunk has in `needs`."""
+        return np.diff(self.by_row)
+
+    @cached_property
     def transposed(self) -> tuple[Ints, Needs]:
         """`needs` ascending by column chunk, and where each column chunk's entries begin."""
         order = np.argsort(self.needs.columns, kind="stable")
@@ -90,10 +95,10 @@ class Problem:
         together with those between them, whose chunks must not matter."""
         begins = self.transposed[0][columns]
         counts = self.transposed[0][columns + 1] - begins
-        end = int(begins[-1] + counts[-1])
-        if end - begins[0] <= 2 * counts.sum():
-            return slice(int(begins[0]), end)
-        return np.arange(counts.sum()) + np.repeat(begins - (counts.cumsum() - counts), counts)
+        first, end, total = int(begins[0]), int(begins[-1] + counts[-1]), int(counts.sum())
+        if end - first <= 2 * total:
+            return slice(first, end)
+        return np.arange(total) + (begins - (counts.cumsum() - counts)).repeat(counts)
 
     @cached_property
     def reach(self) -> Floats:

@@ -45,8 +45,8 @@ def swap(problem: Problem, owners: Ints) -> Ints:
         allowed = _SENDS * float(sent.mean())
         order = np.lexsort((-state.received, -np.maximum(sent - allowed, 0), -np.maximum(above, 0).sum(0)))
         rank = int(order[~stuck[order]][0])
-        mine = np.flatnonzero(state.owners == rank)
-        theirs = np.flatnonzero(state.owners != rank)
+        own = state.owners == rank
+        mine, theirs = own.nonzero()[0], (~own).nonzero()[0]
         others = state.owners[theirs]
         moved = demand[mine][:, None] - demand[theirs]
         bonus = _SEND_PRICE * _relief(sent[rank] - allowed, sent[others] - allowed, moved)
@@ -139,15 +139,15 @@ class _Traffic:
     def _update(self, rank: int) -> None:
         problem, needs = self.problem, self.problem.needs
         own = self.owners == rank
-        mine = np.flatnonzero(own)
-        begins, counts = problem.by_row[mine], np.diff(problem.by_row)[mine]
-        row = np.repeat(np.arange(len(mine)), counts)
-        entries = np.arange(len(row)) + np.repeat(begins - (counts.cumsum() - counts), counts)
+        mine = own.nonzero()[0]
+        begins, counts = problem.by_row[mine], problem.row_counts[mine]
+        row = np.arange(len(mine)).repeat(counts)
+        entries = np.arange(len(row)) + (begins - (counts.cumsum() - counts)).repeat(counts)
         columns = needs.columns[entries]
         seen = np.zeros(len(own), dtype=bool)
         seen[columns] = True
         # Of many chunks a rank needs few.
-        some = np.flatnonzero(seen)
+        some = seen.nonzero()[0]
         table = np.zeros((len(mine), len(some)))
         table[row, (seen.cumsum() - 1)[columns]] = needs.keys[entries]
 
@@ -167,7 +167,7 @@ class _Traffic:
         self.received[rank] = self.incoming[rank].sum()
         # A chunk that joins brings its needs, and its own columns need no longer travel; one that leaves the reverse.
         have = np.where(own, np.inf, self.most[rank])
-        by_column, needs = problem.entries_of(np.flatnonzero(have)), problem.transposed[1]
+        by_column, needs = problem.entries_of(have.nonzero()[0]), problem.transposed[1]
         less = np.minimum(needs.keys[by_column], have[needs.columns[by_column]])
         self.joining[rank] = problem.reach - np.bincount(needs.rows[by_column], less, len(own)) - self.incoming[rank]
         alone = np.bincount(top, np.where(own[some], 0, most - second), len(mine))
