@@ -65,7 +65,7 @@ def main() -> None:
     path = options.out and options.out / f"{about['date']}-context_parallel.json"
     for earlier in (options.resume, path):
         if earlier and earlier.exists():
-            result["rows"] += json.loads(earlier.read_text())["rows"]
+            result["rows"] += [row for row in json.loads(earlier.read_text())["rows"] if row not in result["rows"]]
     cases = []
     for name in options.masks:
         for size in options.sizes:

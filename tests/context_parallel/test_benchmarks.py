@@ -48,7 +48,7 @@ def test_replay_counts_resumes_and_tells_measured_from_modelled(monkeypatch, tmp
     assert distance[rows[2]["seed"]] == min(distance) and rows[0]["seed"] is None
 
     capsys.readouterr()
-    run_replay(monkeypatch, *some, "--sizes", "4", "--ranks-sampled", "2")
+    run_replay(monkeypatch, *some, "--sizes", "4", "--ranks-sampled", "2", "--resume", str(path))
     again = json.loads(path.read_text())["rows"]
     assert again[:4] == rows and len(again) == 10
     assert len(capsys.readouterr().out.splitlines()) == 6
