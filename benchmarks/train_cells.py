@@ -61,6 +61,8 @@ class TrainCell:
     checkpointing: Literal["none", "full", "selective"] = "selective"
     offload: bool = False
     mlp_chunk: int | None = None
+    mlp_kept: int = 0
+    loss_chunk: int = 1024
     compile: bool = False
     precision: Literal["float32", "bfloat16", "bfloat16_stochastic"] = "bfloat16"
     steps: int = 5
@@ -72,12 +74,15 @@ class TrainCell:
     def key(self) -> str:
         parts = [self.section, self.shape, f"n{self.n}", self.checkpointing]
         parts += [name for name, on in (("offload", self.offload), ("compile", self.compile)) if on]
+        parts += [f"kept{self.mlp_kept}"] if self.mlp_kept else []
         parts += [f"mlp{self.mlp_chunk}"] if self.mlp_chunk is not None else []
+        parts += [f"loss{self.loss_chunk}"] if self.loss_chunk != 1024 else []
         return "/".join([*parts, self.precision])
 
     @property
     def identity(self) -> dict[str, Any]:
-        names = ("section", "shape", "n", "checkpointing", "offload", "mlp_chunk", "compile", "precision")
+        names = ("section", "shape", "n", "checkpointing", "offload", "mlp_chunk", "mlp_kept", "loss_chunk")
+        names += ("compile", "precision")
         layers = SHAPES[self.shape].num_hidden_layers
         return {"key": self.key, "layers": layers} | {name: getattr(self, name) for name in names}
 
@@ -93,6 +98,8 @@ class TrainCell:
                 activation_checkpointing=self.checkpointing,
                 activation_offload=self.offload,
                 mlp_chunk=self.mlp_chunk,
+                mlp_kept=self.mlp_kept,
+                loss_chunk=self.loss_chunk,
                 compile=self.compile,
             ),
         )

@@ -92,22 +92,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             mine = counted & (target >= first) & (target < first + weight.shape[0])
             index = torch.where(mine, target - first, 0)[:, None]
             logits = _product(h, weight.t())  # [chunk, V]
-            lse = logits.logsumexp(-1)
-            of_label = torch.where(mine, logits.gather(-1, index)[:, 0], 0)
-            if group is not None:
-                lse, of_label = _joined(lse, of_label, group)
-            total += torch.where(counted, lse - of_label, 0).sum()
+            # Few passes over the chunk's logits: they are bound by memory, beside products that are not.
+            if group is None:
+                logits = logits.log_softmax(-1)
+                of_label = logits.gather(-1, index)[:, 0]
+            else:
+                lse = logits.logsumexp(-1)
+                own = torch.where(mine, logits.gather(-1, index)[:, 0], 0)
+                lse, of_label = _joined(lse, own, group)
+                logits.sub_(lse[:, None])
+                of_label = of_label - lse
+            total -= torch.where(counted, of_label, 0).sum()
             if not (need_hidden or need_weight):
                 continue
-            # d loss / d logits = softmax - onehot(label), written over the logits.
-            d_logits = logits.sub_(lse[:, None]).exp_()
-            d_logits.scatter_add_(-1, index, -mine[:, None].to(wide))
-            d_logits.mul_(counted[:, None])
-            d_logits = d_logits.to(hidden.dtype)
+            # d loss / d logits = softmax - onehot(label), written over the logits; 0 where nothing is predicted.
+            logits.exp_().scatter_add_(-1, index, -mine[:, None].to(wide))
+            d_logits = torch.empty_like(logits, dtype=hidden.dtype)
+            torch.mul(logits, counted[:, None], out=d_logits)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[part])
             if d_weight is not None:
-                d_weight += _product(d_logits.t(), h)
+                _add_product(d_weight, d_logits.t(), h)
         if group is not None and d_hidden is not None:
             dist.all_reduce(d_hidden, group=group)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -131,6 +136,14 @@ def _joined(lse: Tensor, of_label: Tensor, group: dist.ProcessGroup) -> tuple[Te
     dist.all_gather(parts, own, group=group)
     everyone = torch.stack(parts)
     return everyone[:, 0].logsumexp(0), everyone[:, 1].sum(0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; total is float32 at least."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += _product(a, b)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

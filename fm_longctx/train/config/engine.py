@@ -17,7 +17,8 @@ def check_engine(parallel: ParallelConfig, train: TrainConfig) -> None:
         raise _unknown(engine, "train.precision", train.precision, _PRECISIONS)
     if engine == "megatron" and train.activation_checkpointing not in _MEGATRON_RECOMPUTES:
         raise _unknown(engine, "train.activation_checkpointing", train.activation_checkpointing, _MEGATRON_RECOMPUTES)
-    for name in ("mlp_chunk", "compile") if engine == "deepspeed" else ("mlp_chunk", "compile", "activation_offload"):
+    unknown = ("mlp_chunk", "mlp_kept", "compile")
+    for name in unknown if engine == "deepspeed" else (*unknown, "activation_offload"):
         value = getattr(train, name)
         if engine != "fsdp" and value:
             raise ValueError(

@@ -58,8 +58,11 @@ class TrainConfig:
     """What the checkpoints keep waits in the host's memory. Only with full or selective."""
     mlp_chunk: int | None = None
     """Tokens whose MLP exists at once; each such chunk is computed again in the backward. None: all of them."""
+    mlp_kept: int = 0
+    """With full or selective: layers, the last so many, that keep what their MLP's backward needs as well, so that its
+    products, most of what a checkpoint would repeat, are not repeated. For where there is memory to spare."""
     compile: bool = False
-    """torch.compile the norms and MLPs of the layers: faster, and less memory; the first steps take a minute or so."""
+    """torch.compile the layers but for attention: faster, and less memory; the first steps take a minute or so."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at once."""
     seed: int = 0
@@ -90,11 +93,18 @@ class TrainConfig:
             loss_chunk=self.loss_chunk,
             log_every=self.log_every,
         )
-        at_least("train", 0, seed=self.seed, max_skipped=self.max_skipped)
+        at_least("train", 0, seed=self.seed, max_skipped=self.max_skipped, mlp_kept=self.mlp_kept)
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
                 "train.activation_offload moves what activation checkpoints keep, but train.activation_checkpointing "
                 "is none. Set it to selective or full."
+            )
+        if self.mlp_kept and self.activation_checkpointing == "none":
+            raise ValueError("train.mlp_kept is for checkpoints; without them everything is kept. Set it to 0.")
+        if self.mlp_kept and (self.mlp_chunk is not None or self.activation_offload):
+            raise ValueError(
+                "train.mlp_kept spends memory that train.mlp_chunk and train.activation_offload save. Set it to 0, or "
+                "mlp_chunk to null and activation_offload to false."
             )
         if self.peak_tflops is not None:
             above_zero("train", peak_tflops=self.peak_tflops)
