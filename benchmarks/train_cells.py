@@ -62,7 +62,7 @@ class TrainCell:
     offload: bool = False
     mlp_chunk: int | None = None
     mlp_kept: int = 0
-    loss_chunk: int = 1024
+    loss_chunk: int = 4096
     compile: bool = False
     precision: Literal["float32", "bfloat16", "bfloat16_stochastic"] = "bfloat16"
     steps: int = 5
@@ -76,7 +76,7 @@ class TrainCell:
         parts += [name for name, on in (("offload", self.offload), ("compile", self.compile)) if on]
         parts += [f"kept{self.mlp_kept}"] if self.mlp_kept else []
         parts += [f"mlp{self.mlp_chunk}"] if self.mlp_chunk is not None else []
-        parts += [f"loss{self.loss_chunk}"] if self.loss_chunk != 1024 else []
+        parts += [f"loss{self.loss_chunk}"] if self.loss_chunk != 4096 else []
         return "/".join([*parts, self.precision])
 
     @property
@@ -111,17 +111,48 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
         return _smoke(section)
     compared: tuple[Arm, ...] = ("ours", "flex", "dense")
     if section == "speed":
+        # Each keeps what fits into 80 GB; at 65536 a dense mask of 8 GiB too, at 131072 none.
+        kept_at: list[tuple[str, int, Literal["none", "selective"], int]] = [
+            ("8b_eighth", 131072, "selective", 3),
+            ("1b", 131072, "selective", 4),
+            ("8b_eighth", 65536, "selective", 4),
+            ("8b_eighth", 32768, "none", 0),
+            ("1b", 32768, "none", 0),
+            ("1b", 65536, "selective", 8),
+        ]
         return [
-            TrainCell(section=section, shape=shape, n=n, arms=compared, compile=True)
-            for n in (131072, 32768, 65536)
-            for shape in ("8b_eighth", "1b")
+            TrainCell(
+                section=section,
+                shape=shape,
+                n=n,
+                arms=compared,
+                checkpointing=mode,
+                mlp_kept=kept,
+                compile=True,
+                steps=4 if n == 131072 else 2,
+            )
+            for shape, n, mode, kept in kept_at
         ]
     if section == "modes":
         return [
             TrainCell(
-                section=section, shape="8b_eighth", n=131072, arms=("ours",), checkpointing=mode, compile=compiled
+                section=section,
+                shape="8b_eighth",
+                n=131072,
+                arms=("ours",),
+                checkpointing=mode,
+                compile=compiled,
+                mlp_kept=kept,
+                loss_chunk=loss_chunk,
+                steps=2,
             )
-            for mode, compiled in (("none", True), ("full", True), ("selective", False), ("full", False))
+            for mode, compiled, kept, loss_chunk in (
+                ("selective", True, 3, 1024),
+                ("selective", True, 0, 4096),
+                ("full", True, 0, 4096),
+                ("selective", False, 0, 4096),
+                ("full", False, 0, 4096),
+            )
         ]
     if section == "memory":
         return [
@@ -132,12 +163,22 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
                 arms=("ours",),
                 checkpointing=mode,
                 offload=offload,
-                steps=2,
+                compile=compiled,
+                mlp_kept=kept,
+                steps=1,
                 warmup=1,
             )
             for n in (131072, 32768)
             for shape in ("1b", "8b_eighth")
-            for mode, offload in (("none", False), ("full", False), ("selective", False), ("full", True))
+            for mode, offload, compiled, kept in (
+                ("none", False, False, 0),
+                ("full", False, False, 0),
+                ("selective", False, False, 0),
+                ("full", True, False, 0),
+                ("none", False, True, 0),
+                ("selective", False, True, 0),
+                ("selective", False, True, 2),
+            )
         ]
     if section == "longest":
         both: tuple[Arm, ...] = ("ours", "ours_nearest")

@@ -132,18 +132,25 @@ def report(trace: Any, seconds: float, top: int) -> None:
     """The traced step's kernels, by kind and by name."""
     by_name: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    spans = []
+    spans, host = [], []
     for event in trace.events():
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(
-            ("Profiler", "Optimizer.", "FSDP::", "#")
-        ):
-            by_name[event.name] += event.time_range.elapsed_us()
+        span = event.time_range
+        if event.device_type != DeviceType.CUDA:
+            host.append((span.start, span.end, event.name))
+        elif not event.name.startswith(_RANGES):
+            by_name[event.name] += span.elapsed_us()
             calls[event.name] += 1
-            spans.append((event.time_range.start, event.time_range.end))
-    busy, end = 0.0, 0.0
-    for begin, stop in sorted(spans):
+            spans.append((span.start, span.end, event.name))
+    spans.sort()
+    first, end, before = spans[0]
+    busy = end - first
+    pauses = [(first - min(start for start, *_ in host), first, "", before)]
+    for begin, stop, name in spans[1:]:
         busy += max(0.0, stop - max(begin, end))
-        end = max(end, stop)
+        if begin > end:
+            pauses.append((begin - end, begin, before, name))
+        if stop > end:
+            end, before = stop, name
     kinds: Counter[str] = Counter()
     for name, spent in by_name.items():
         kinds[next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")] += spent
@@ -151,6 +158,13 @@ def report(trace: Any, seconds: float, top: int) -> None:
     print("  " + ", ".join(f"{kind} {spent / 1e3:.0f} ms" for kind, spent in kinds.most_common()))
     for name, spent in by_name.most_common(top):
         print(f"  {spent / 1e3:8.1f} ms {calls[name]:5d}x  {name[:110]}")
+    print(f"  pauses: {len(pauses)}, in all {sum(length for length, *_ in pauses) / 1e3:.0f} ms; the longest:")
+    for length, until, last, following in sorted(pauses, reverse=True)[:10]:
+        at = until - length / 2
+        # What the host was in, innermost first.
+        doing = sorted((stop - start, name) for start, stop, name in host if start <= at <= stop)
+        names = " < ".join(name[:40] for _, name in doing[:4])
+        print(f"  {length / 1e3:8.1f} ms before {until / 1e3:.0f}: {last[:30]} | {following[:30]} | host: {names}")
 
 
 if __name__ == "__main__":

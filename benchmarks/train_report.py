@@ -16,8 +16,8 @@ HEAD = (
 )
 WHAT = {
     "speed": "The same model and steps with three attentions; under selective checkpoints none repeats its attention",
-    "modes": "Ours under other checkpoints, with and without compiled norms and MLPs",
-    "memory": "Peak memory beside the estimator's (estimates are of layers that are not compiled)",
+    "modes": "Ours under other checkpoints, with and without compiled layers",
+    "memory": "Peak memory beside the estimator's",
     "longest": "Llama-3.1-8B's shape, whole, on one GPU; activations offloaded to the host",
     "million": "The 1B at up to a million tokens of documents of up to 131072",
     "convergence": "The same steps with our attention and with a dense mask",
@@ -54,6 +54,8 @@ def write_report(base: Path, rows: Sequence[Row]) -> str:
 
 def _line(row: Row, cell: dict[str, Row]) -> str:
     kept = row["checkpointing"] + "".join(f", {name}" for name in ("offload", "compile") if row[name])
+    kept += f", {row['mlp_kept']} MLPs" if row.get("mlp_kept") else ""
+    kept += f", loss by {row['loss_chunk']}" if row.get("loss_chunk", 4096) != 4096 else ""
     kept += f", MLP by {row['mlp_chunk']}" if row["mlp_chunk"] else ""
     start = f"| {row['shape']} | {row['layers']} | {row['n']} | {kept} | {row['competitor']} |"
     if row["status"] != "ok":

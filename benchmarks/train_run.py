@@ -25,7 +25,8 @@ from fm_longctx.data import IGNORED
 from fm_longctx.train.config import Config, ModelConfig
 from fm_longctx.train.engines import start
 from fm_longctx.train.engines.fsdp import FsdpEngine
-from fm_longctx.train.estimate import Memory, Setup, Shape, memory, step_flops
+from fm_longctx.train.estimate import Setup, Shape, step_flops
+from fm_longctx.train.estimate_memory import Memory, memory
 from fm_longctx.train.memory import weights_dtype
 from fm_longctx.train.model import LanguageModel, build, huggingface_config
 
@@ -48,11 +49,13 @@ def run(cell: TrainCell, arm: str, device: str) -> dict[str, Any]:
         raise Refused("FlexAttention has no backward on a CPU")
     if arm == "ours_nearest" and device == "cuda" and find_spec("torchao") is not None:
         raise Refused("torchao is installed: ours is the figure")
-    if device == "cuda" and arm == "ours" and not cell.compile:
+    if device == "cuda" and arm == "ours":
         needed = estimated(cell, SHAPES[cell.shape]).peak / 2**30
         there = torch.cuda.get_device_properties(0).total_memory / 2**30
         if needed > 1.15 * there:
             raise Refused(f"the estimated peak is {needed:.0f} GiB, of the device's {there:.0f}")
+    if cell.compile:
+        _forget_other_shapes(cell)
     torch.manual_seed(0)
     config = cell.config(device)
     model, optimizer = prepare(config, arm)
@@ -61,6 +64,17 @@ def run(cell: TrainCell, arm: str, device: str) -> dict[str, Any]:
     finally:
         del model, optimizer
         free()
+
+
+_compiled_for: list[tuple[Any, ...]] = []
+
+
+def _forget_other_shapes(cell: TrainCell) -> None:
+    """Compiled code of another cell would be made general, and slower, for this one's sizes; or not made at all."""
+    sizes = (cell.shape, cell.n, cell.checkpointing)
+    if _compiled_for != [sizes]:
+        torch._dynamo.reset()
+        _compiled_for[:] = [sizes]
 
 
 def prepare(config: Config, arm: str) -> tuple[LanguageModel, torch.optim.Optimizer]:
@@ -218,5 +232,8 @@ def estimated(cell: TrainCell, model: ModelConfig) -> Memory:
         checkpointing=cell.checkpointing,
         offload=cell.offload,
         mlp_chunk=cell.mlp_chunk,
+        mlp_kept=cell.mlp_kept,
+        loss_chunk=cell.loss_chunk,
+        compile=cell.compile,
     )
     return memory(shape, setup)

@@ -11,7 +11,8 @@ from fm_longctx.context_parallel.plan import ShardPlan
 from fm_longctx.data import Batch, FeedStream, Loader, PackedStream
 from fm_longctx.train.config import Config
 from fm_longctx.train.engines.tensor_parallel import check_tensor_parallel
-from fm_longctx.train.estimate import GIB, Memory, Setup, Shape, memory, step_flops
+from fm_longctx.train.estimate import GIB, Setup, Shape, step_flops
+from fm_longctx.train.estimate_memory import Memory, memory
 from fm_longctx.train.estimate_time import (
     GPUS,
     Attention,
@@ -111,14 +112,15 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
     data = config.parallel.data_ranks(ranks)
     model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    whole = Shape.of(model.causal_lm.config)
+    whole = replace(Shape.of(model.causal_lm.config), head=config.task.kind != "reward")
     parallel = config.parallel
     if parallel.tensor > 1:
         check_tensor_parallel(model.causal_lm.config, parallel.tensor)
     shape = whole.over(parallel.tensor)
     stream = make_stream(config)
     sample = _sample(config, stream, data, shape, card, samples)
-    setup = _setup(config, ranks, sample)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    setup = _setup(config, ranks, sample, None if trained == parameters else trained)
     found, seconds = memory(shape, setup), step_time(shape, setup, card, sample.attention)
     head: tuple[str, ...] = (
         f"model       {parameters:,} parameters: {model.causal_lm.config.model_type}, {whole.layers} layers x "
@@ -130,8 +132,8 @@ def estimate(config: Config, gpu: str = "h100", *, samples: int = SAMPLES) -> Es
     )
     if parallel.engine != "fsdp":
         head = (*head, f"engine      {parallel.engine}: memory and time below are those of fsdp, which differ from its")
-    if config.lora.r is not None or config.task.kind == "dpo":
-        head = (*head, "task        memory and time below are those of training every weight, without a second model")
+    if setup.trained is not None or setup.reference != "none":
+        head = (*head, f"task        {_task(config, setup, parameters)}")
     lines = (
         *head,
         *_work(config, whole, setup, sample, data, ranks, card, seconds),
@@ -166,7 +168,20 @@ def _step_tokens(config: Config, data: int) -> int:
     return config.data.sequence_length * config.data.batch_size * data * config.train.gradient_accumulation
 
 
-def _setup(config: Config, ranks: int, sample: Sample) -> Setup:
+def _task(config: Config, setup: Setup, parameters: int) -> str:
+    """What trains of the model, and what reads beside it."""
+    references = {
+        "none": "",
+        "copy": "; a frozen copy of the model reads every batch before it",
+        "same": "; without its adapters the model reads every batch once more",
+    }
+    trains = parameters if setup.trained is None else setup.trained
+    return f"{config.task.kind}: {trains:,} of {parameters:,} parameters train{references[setup.reference]}"
+
+
+def _setup(config: Config, ranks: int, sample: Sample, trained: int | None) -> Setup:
+    compares = config.task.kind == "dpo" and config.task.reference != "records"
+    reference = "none" if not compares else "copy" if config.lora.r is None else "same"
     train, context = config.train, config.parallel.context
     return Setup(
         tokens=-(-config.data.sequence_length // context) * config.data.batch_size,
@@ -176,10 +191,14 @@ def _setup(config: Config, ranks: int, sample: Sample) -> Setup:
         checkpointing=train.activation_checkpointing,
         offload=train.activation_offload,
         mlp_chunk=train.mlp_chunk,
+        mlp_kept=train.mlp_kept,
+        compile=train.compile,
         loss_chunk=train.loss_chunk,
         received=sample.received,
         over_ranks=context > 1,
         accumulation=train.gradient_accumulation,
+        trained=trained,
+        reference=reference,  # type: ignore[arg-type]
     )
 
 
@@ -305,6 +324,7 @@ def _memory(config: Config, found: Memory, setup: Setup, gpu: Gpu) -> tuple[str,
     train = config.train
     kinds = {
         "parameters": found.parameters,
+        "reference": found.reference,
         "gradients": found.gradients,
         "optimizer": found.optimizer,
         "weights gathered": found.gathered,
@@ -317,9 +337,11 @@ def _memory(config: Config, found: Memory, setup: Setup, gpu: Gpu) -> tuple[str,
     options = [train.precision, f"checkpoints {train.activation_checkpointing}"]
     options += ["offloaded"] if train.activation_offload else []
     options += [f"MLP by {train.mlp_chunk}"] if train.mlp_chunk is not None else []
+    options += [f"MLPs of {train.mlp_kept} layers kept"] if train.mlp_kept else []
+    options += ["compiled"] if train.compile else []
     options += [f"loss by {train.loss_chunk}"]
     lines = [f"memory      GiB a rank, estimated; {', '.join(options)}"]
-    lines += [f"  {name:<22}{value / GIB:>8.1f}" for name, value in kinds.items()]
+    lines += [f"  {name:<22}{value / GIB:>8.1f}" for name, value in kinds.items() if value or name != "reference"]
     if found.host:
         lines.append(f"  {'on the host':<22}{found.host / GIB:>8.1f}")
     room = gpu.usable * gpu.memory / GIB
@@ -337,11 +359,13 @@ def _memory(config: Config, found: Memory, setup: Setup, gpu: Gpu) -> tuple[str,
 def _advice(config: Config, found: Memory) -> str:
     """What would help most."""
     train = config.train
-    states = found.parameters + found.gradients + found.optimizer
+    states = found.parameters + found.reference + found.gradients + found.optimizer
     kept = found.activations + found.received
     if kept >= max(states, found.within_layer):
         if train.activation_checkpointing == "none":
             return "Set train.activation_checkpointing to selective or full."
+        if train.mlp_kept:
+            return "Lower train.mlp_kept."
         if not train.activation_offload:
             return "Set train.activation_offload, or train.activation_checkpointing to full."
         return "Raise parallel.context."

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fm_longctx.train.estimate import GIB, Setup, Shape, forward_flops, layer_kept, step_flops
+from fm_longctx.train.estimate import GIB, Setup, Shape, step_flops
+from fm_longctx.train.estimate_memory import layer_kept
 
 # What eager layers move, bytes a token and value in bfloat16, forward and backward: a norm moves its values a dozen
 # times in 2 or 4 bytes, and 2.4 times that in its backward; the rotations; SiLU and product; the additions.
 _FORWARD = {"norm": 38, "rotary": 20, "mlp": 10, "residual": 6}
 _BACKWARD = {"norm": 90, "rotary": 30, "mlp": 18, "residual": 6}
+# Compiled: each value is read and written once, and read again for each sum over a row.
+_FORWARD_COMPILED = {"norm": 6, "rotary": 4, "mlp": 6, "residual": 6}
+_BACKWARD_COMPILED = {"norm": 12, "rotary": 4, "mlp": 12, "residual": 6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Gpu:
     """Measured where, or assumed."""
     matmul: float = 0.7
     """Share of the peak that large matrix products reach: an assumption."""
+    passes: float = 0.8
+    """Share of the bandwidth that memory-bound passes reach: an assumption."""
     link: float = 4.5e10
     """Bytes a second between nodes, a GPU: one 400 Gb/s network card each, an assumption."""
     node_link: float = 3.0e11
@@ -142,9 +148,11 @@ def attention_alone(shape: Shape, gpu: Gpu, area: float) -> Attention:
 
 def sharding_bytes(shape: Shape, setup: Setup) -> float:
     """Bytes that a rank receives a step for sharded parameters: weights gathered in the forward and again in the
-    backward of every micro-batch, gradients reduced once a micro-batch in float32."""
+    backward of every micro-batch, and for a reference, gradients reduced once a micro-batch in float32."""
     away = (setup.ranks - 1) / setup.ranks
-    return setup.accumulation * away * shape.parameters * (2 * setup.element + 4)
+    trained = shape.parameters if setup.trained is None else setup.trained
+    gathers = 2 if setup.reference == "none" else 3
+    return setup.accumulation * away * (gathers * setup.element * shape.parameters + 4 * trained)
 
 
 def step_time(shape: Shape, setup: Setup, gpu: Gpu, attention: Attention) -> StepTime:
@@ -154,28 +162,40 @@ def step_time(shape: Shape, setup: Setup, gpu: Gpu, attention: Attention) -> Ste
         attention: of one layer and micro-batch.
     """
     again = 0 if setup.checkpointing == "none" else 1
+    extra = 0 if setup.reference == "none" else 1
     t, c, layers = setup.tokens, shape.hidden, shape.layers
+    # Frozen weights have no gradient; a reference reads the batch once more.
+    products = (3 if setup.trained is None else 2) + extra
     # A recomputation ends before the MLP's last product, or before a chunked MLP, which computes all but that again.
-    layer = 2.0 * t * (3 * shape.layer_matrices + again * (shape.layer_matrices - c * shape.intermediate))
+    layer = 2.0 * t * (products * shape.layer_matrices + again * (shape.layer_matrices - c * shape.intermediate))
     if setup.mlp_chunk is not None and not again:
         layer += 2.0 * t * 2 * c * shape.intermediate
-    head = 3 * 2.0 * t * shape.vocabulary * c
-    repeated = 1 if setup.checkpointing == "full" else 0
+    if setup.mlp_kept:
+        layer -= 2.0 * t * 2 * c * shape.intermediate * setup.mlp_kept / layers
+    head = products * 2.0 * t * shape.vocabulary * c * shape.head
+    repeated = (1 if setup.checkpointing == "full" else 0) + extra
     widths = {"norm": 2 * c, "rotary": shape.q + shape.kv, "mlp": shape.intermediate, "residual": 2 * c}
-    moved = sum(widths[name] * ((1 + again) * _FORWARD[name] + _BACKWARD[name]) * setup.element / 2 for name in widths)
-    optimizer = 7.0 * setup.master * shape.parameters / setup.ranks
+    forward, backward = (_FORWARD_COMPILED, _BACKWARD_COMPILED) if setup.compile else (_FORWARD, _BACKWARD)
+    passes = {name: (1 + again + extra) * forward[name] + backward[name] for name in widths}
+    moved = layers * t * sum(widths[name] * passes[name] for name in widths) * setup.element / 2
+    # Logits in float32, seven times a chunk, and the sum of the projection's gradients, twice.
+    moved += shape.head * shape.vocabulary * (28.0 * t + 8.0 * c * -(-t // setup.loss_chunk))
+    trained = shape.parameters if setup.trained is None else setup.trained
+    # Adam's; and gathering, reducing and clipping, of whole weights and of a rank's.
+    optimizer = 10.0 * setup.master * trained / setup.ranks
+    weights = setup.accumulation * (4.0 * setup.element * shape.parameters + 8.0 * trained)
     matrices = setup.accumulation * (layers * layer + head) / (gpu.matmul * gpu.peak)
     kernels = setup.accumulation * layers * ((1 + repeated) * attention.forward + attention.backward)
-    passes = (setup.accumulation * layers * t * moved + optimizer) / gpu.bandwidth
+    memory_bound = (setup.accumulation * moved + optimizer + weights) / (gpu.passes * gpu.bandwidth)
     exchange = setup.accumulation * layers * ((1 + repeated) * attention.forward_wait + attention.backward_wait)
     # After attention and the MLP, forward and backward: each rank sends and receives the hidden states twice.
     away = 2 * (setup.tensor - 1) / setup.tensor * setup.element * c * t
-    tensor = setup.accumulation * layers * (4 + 2 * again) * away / gpu.node_link
-    hiding = matrices + kernels + passes + exchange + tensor
+    tensor = setup.accumulation * layers * (4 + 2 * (again + extra)) * away / gpu.node_link
+    hiding = matrices + kernels + memory_bound + exchange + tensor
     return StepTime(
         matrices=matrices,
         attention=kernels,
-        passes=passes,
+        passes=memory_bound,
         exchange=exchange,
         tensor=tensor,
         sharding=max(0.0, sharding_bytes(shape, setup) / gpu.node_link - hiding),
@@ -209,7 +229,6 @@ __all__ = [
     "StepTime",
     "attention_alone",
     "fits",
-    "forward_flops",
     "mfu",
     "offload_seconds",
     "sharding_bytes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +64,27 @@ class FlopCount:
             layers=tuple(hf_config.sliding_window if kind == "sliding_attention" else None for kind in kinds),
         )
 
+    def forward(self, tokens: float, areas: Mapping[int | None, float]) -> float:
+        """FLOPs of a forward: 2 a weight and token, and the scores'.
+
+        Args:
+            areas: visible scores of one head, over all sequences of the tokens, by sliding window.
+        """
+        scores = sum(self.score_flops * areas[window] for window in self.layers)
+        return 2.0 * self.matrix_parameters * tokens + scores
+
+    def step(self, tokens: float, areas: Mapping[int | None, float]) -> float:
+        """What training is credited with: three forwards, and nothing for what is computed twice."""
+        return 3.0 * self.forward(tokens, areas)
+
     def of_batch(self, batch: Batch) -> float:
         """FLOPs of a micro-batch, over all the ranks that share it."""
-        areas: dict[int | None, int] = {None: batch.visible_area}
+        areas: dict[int | None, float] = {None: batch.visible_area}
         for window in set(self.layers) - {None}:
             assert window is not None
             narrow = batch.mask & builders.sliding_window(batch.mask.num_rows, window)
             areas[window] = int(narrow.area().sum())
-        attention = sum(self.score_flops * areas[window] for window in self.layers)
-        return 3.0 * (2 * self.matrix_parameters * batch.num_tokens + attention)
+        return self.step(batch.num_tokens, areas)
 
 
 def peak_tflops(gpu: str | None, precision: str, given: float | None) -> float | None:

@@ -139,11 +139,13 @@ def _joined(lse: Tensor, of_label: Tensor, group: dist.ProcessGroup) -> tuple[Te
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; total is float32 at least."""
-    if a.is_cuda and a.dtype != total.dtype:
+    """total += a @ b, where total is float32 at least; in place, since it is as large as the vocabulary."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += _product(a, b)
+        total.addmm_(a.float(), b.float())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

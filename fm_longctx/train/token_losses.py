@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fm_longctx.data import IGNORED
+from fm_longctx.data import IGNORED, Batch
 from fm_longctx.train.loss import _product
+from fm_longctx.train.step import mask_keyword
+
+if TYPE_CHECKING:
+    from fm_longctx.train.engines import World
+
+
+@torch.no_grad()
+def evaluate_batch(model: Any, batch: Batch, world: World, *, chunk: int) -> Tensor:
+    """`Engine.token_losses` of an engine whose model is called as `LanguageModel` is, sharded or wrapped."""
+    here = batch.to(world.device)
+    model.eval()
+    try:
+        read = partial(token_losses, labels=here.labels, chunk=chunk)
+        losses: Tensor = model(here.tokens, here.labels, here.positions, read=read, **mask_keyword(here, world))
+    finally:
+        model.train()
+    return losses
 
 
 @torch.no_grad()

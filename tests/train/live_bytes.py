@@ -1,5 +1,6 @@
 """Counts the bytes of tensors while they live: what a GPU's allocator would have to hold."""
 
+import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,17 +22,25 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if hasattr(t, "untyped_storage")}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if hasattr(tensor, "untyped_storage"):
-                storage = tensor.untyped_storage()
+            if isinstance(tensor, torch.Tensor):
+                # A sharded tensor's own storage is a stand-in.
+                storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
                 if storage._cdata not in given:
-                    self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+                    self.storages.setdefault(storage._cdata, StorageWeakRef(storage))
         self.peak = max(self.peak, self.now())
         return out
 
     def now(self):
         """Bytes that live."""
-        self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
-        return sum(size for _, size in self.storages.values())
+        total = 0
+        for key, reference in list(self.storages.items()):
+            # Asked anew each time: sharding frees and fills a storage that lives on.
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is None:
+                del self.storages[key]
+            else:
+                total += storage.nbytes()
+        return total

@@ -127,11 +127,18 @@ def curve(model, parallel, folder, precision="float32"):
             batches = [next(loader) for _ in range(config.train.gradient_accumulation)]
             engine.set_lr(0.01 / (step + 1))
             if step == 1:
+                evaluated = torch.zeros((), dtype=torch.float64)
+                for batch in batches:
+                    evaluated += engine.token_losses(batch).double().sum().cpu()
+                dist.all_reduce(evaluated)
                 # As if these had not been.
                 engine.gradients(batches)
                 engine.discard()
             result = train_step(engine, batches)
             history.append((result.loss, result.grad_norm, result.labels))
+            if step == 1:
+                # Evaluation sees what training does, on every rank that holds the batch.
+                assert float(evaluated) / world.copies == pytest.approx(result.loss * result.labels, rel=1e-4)
             if step == 1 and folder is not None and not config.parallel.distributed_optimizer:
                 engine = go_on(engine, config, folder)
         loader.close()

@@ -63,7 +63,7 @@ class TrainConfig:
     products, most of what a checkpoint would repeat, are not repeated. For where there is memory to spare."""
     compile: bool = False
     """torch.compile the layers but for attention: faster, and less memory; the first steps take a minute or so."""
-    loss_chunk: int = 1024
+    loss_chunk: int = 4096
     """Tokens whose logits exist at once."""
     seed: int = 0
     """Of the initial weights, which do not depend on the number of ranks, and of any dropout, which does."""

@@ -53,16 +53,9 @@ class Engine(ABC):
     def discard(self) -> None:
         """Clear the gradients; weights and optimizer stay as they were."""
 
+    @abstractmethod
     def token_losses(self, batch: Batch) -> Tensor:
-        """The loss of each of this rank's labels, float32 `[B, T]` on the device, 0 where there is none. No gradient.
-
-        Raises:
-            ValueError: the engine has no evaluation.
-        """
-        raise ValueError(
-            f"parallel.engine: {self.name} cannot evaluate during training. Set eval.every to null, and evaluate an "
-            "export of the model with parallel.engine: fsdp."
-        )
+        """The loss of each of this rank's labels, float32 `[B, T]` on the device, 0 elsewhere. No gradient."""
 
     @abstractmethod
     def set_lr(self, lr: float) -> None:

@@ -20,6 +20,7 @@ from fm_longctx.train.engines.world import World
 from fm_longctx.train.memory import prepare_layers
 from fm_longctx.train.model import LanguageModel, build, first_weights, rebuild_buffers
 from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
+from fm_longctx.train.token_losses import evaluate_batch
 
 _FOLDER = "deepspeed"
 
@@ -69,6 +70,9 @@ class DeepSpeedEngine(Engine):
                 engine.step()  # counts the micro-batch
             total += loss_sum.detach()
         return StepResult(loss=mean_loss(total, labels, world), grad_norm=self._norm(), labels=labels)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        return evaluate_batch(self.engine, batch, self.world, chunk=self.model.loss_chunk)
 
     def update(self) -> None:
         self.engine.step()

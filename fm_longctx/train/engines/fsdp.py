@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from fm_longctx.train.model import LanguageModel, materialize
 from fm_longctx.train.step import NextToken, StepResult, Task, count_labels, mask_keyword, mean_loss, refuse_other_tasks
 from fm_longctx.train.tasks.models import build_model
 from fm_longctx.train.tasks.task import figures_of
-from fm_longctx.train.token_losses import token_losses
+from fm_longctx.train.token_losses import evaluate_batch
 
 
 class FsdpEngine(Engine):
@@ -84,16 +83,8 @@ class FsdpEngine(Engine):
             figures=figures_of(self.task),
         )
 
-    @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
-        here = batch.to(self.world.device)
-        read = partial(token_losses, labels=here.labels, chunk=self.model.loss_chunk)
-        self.model.eval()
-        losses: Tensor = self.model(
-            here.tokens, here.labels, here.positions, read=read, **mask_keyword(here, self.world)
-        )
-        self.model.train()
-        return losses
+        return evaluate_batch(self.model, batch, self.world, chunk=self.model.loss_chunk)
 
     def update(self) -> None:
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self._norm)

@@ -39,6 +39,13 @@ from fm_longctx.train.step import (
 _FOLDER = "megatron"
 
 
+def _report(labelled: Tensor, losses: Tensor, non_loss_data: bool = False) -> Any:
+    """What Megatron's schedule asks of a micro-batch: what it trains on; or with `non_loss_data` each token's loss."""
+    if non_loss_data:
+        return torch.where(labelled, losses.float(), 0).contiguous()
+    return per_token_loss(labelled, losses)
+
+
 def megatron_world(config: Config, device: torch.device) -> World:
     """Lay the ranks out as Megatron does: tensor, context, data ranks, pipeline stages, from the innermost outwards."""
     try:
@@ -141,6 +148,27 @@ class MegatronEngine(Engine):
         self.optimizer.prepare_grads()
         return StepResult(loss=loss, grad_norm=float(self.optimizer.get_grad_norm()), labels=labels)
 
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        self.ddp.eval()
+        found = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter([batch]),
+            model=[self.ddp],
+            num_microbatches=1,
+            seq_length=self.sequence_length,
+            micro_batch_size=self.batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        self.ddp.train()
+        # Only the last stage has them; it tells the others.
+        losses: Tensor = found[0] if found else torch.empty(batch.tokens.shape, device=self.world.device)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(losses, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+        return losses
+
     def update(self) -> None:
         self.optimizer.step()
 
@@ -215,7 +243,7 @@ class MegatronEngine(Engine):
             loss_mask=labelled.float(),
             packed_seq_params=params,
         )
-        return losses, partial(per_token_loss, labelled)
+        return losses, partial(_report, labelled)
 
     @torch.no_grad()
     def _fill(self, template: Any, config: Config) -> None:
