@@ -6,13 +6,15 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fm_longctx import FlashMask
+from fm_longctx.train import memory as train_memory
 from fm_longctx.train.config import Config, DataConfig, ModelConfig, TrainConfig
 from fm_longctx.train.engines import make_engine, start
 from fm_longctx.train.estimate import Setup, Shape, flop_count, step_flops
-from fm_longctx.train.estimate_memory import layer_kept, memory
+from fm_longctx.train.estimate_memory import layer_kept, memory, mlp_extra
 from fm_longctx.train.flops import FlopCount
 from fm_longctx.train.memory import prepare_layers
 from fm_longctx.train.model import build, huggingface_config
@@ -57,11 +59,31 @@ def kept(config, dtype, train):
     given, mask = batch()
     # What the mask makes for all layers is not a layer's.
     model(*given, flashmask=mask)
+    if train.get("compile"):
+        return saved(model, given, mask)
     with LiveBytes() as live:
         loss = model(*given, flashmask=mask)
         after = live.now()
         del loss
     return after
+
+
+def saved(model, given, mask):
+    """Bytes that autograd saves: compiled code does not run where operations are counted."""
+    storages = {p.untyped_storage().data_ptr(): 0 for p in (*model.parameters(), mask.starts, mask.ends)}
+    held = []
+
+    def pack(tensor):
+        # Held, so that no other takes its place.
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    # A kept MLP has hooks of its own.
+    with saved_tensors_hooks(pack, lambda tensor: tensor), mock.patch.object(train_memory, "_as_it_is", pack):
+        model(*given, flashmask=mask)
+    return sum(storages.values())
 
 
 def setup(precision, train):
@@ -86,11 +108,11 @@ def test_what_a_layer_keeps(kind, precision):
     config = replace(WIDE, kind=kind)
     # What differs of Qwen3 differs where everything is kept.
     for train in [*MODES, {"compile": True}] if kind == "llama" else [MODES[0], {"compile": True}]:
-        train = train | ({"mlp_kept": 1} if "mlp_kept" in train else {})
+        if "mlp_kept" in train:
+            continue
         several, one = (kept(replace(config, num_hidden_layers=n), getattr(torch, precision), train) for n in (3, 1))
-        assert layer_kept(shape_of(config), setup(precision, train)) == pytest.approx((several - one) / 2, rel=0.01), (
-            train
-        )
+        of_one = layer_kept(shape_of(config), setup(precision, train))
+        assert of_one == pytest.approx((several - one) / 2, rel=0.01), train
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -115,6 +137,15 @@ def peak_of_a_step(config):
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         return live.peak
+
+
+def test_a_kept_mlp():
+    """What it adds to a layer that is a checkpoint, compiled or not."""
+    base = {"activation_checkpointing": "selective"}
+    for compiled in ({}, {"compile": True}):
+        without, with_mlp = (kept(WIDE, torch.bfloat16, base | compiled | more) for more in ({}, {"mlp_kept": 4}))
+        extra = mlp_extra(shape_of(WIDE), setup("bfloat16", base | compiled))
+        assert (with_mlp - without) / 4 == pytest.approx(extra, rel=0.01)
 
 
 def test_parameters_of_the_shapes():

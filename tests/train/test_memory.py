@@ -2,11 +2,13 @@
 
 import sys
 from collections import Counter
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 from fm_longctx import ContextParallel, FlashMask, ShardPlan
 from fm_longctx.attention import library
@@ -24,6 +26,7 @@ LENGTHS = [37, 26]
 MODES = {
     "full": {"activation_checkpointing": "full"},
     "selective": {"activation_checkpointing": "selective"},
+    "selective, MLPs kept": {"activation_checkpointing": "selective", "mlp_kept": 1},
     "full, offloaded": {"activation_checkpointing": "full", "activation_offload": True},
     "selective, offloaded": {"activation_checkpointing": "selective", "activation_offload": True},
 }
@@ -49,6 +52,7 @@ def loss_and_gradients(train, dtype=torch.float32, **mask):
         return counted
 
     for layer in model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda *_: counts.update(["gate"]))
         layer.mlp.down_proj.register_forward_hook(lambda *_: counts.update(["mlp"]))
     with (
         mock.patch.object(library, "attention_forward", counting("attention", library.attention_forward)),
@@ -79,6 +83,7 @@ def test_no_mode_changes_a_bit_and_selective_repeats_no_attention(dtype):
         mine = loss_and_gradients(mode, dtype, **mask)
         assert_equal(mine, plain)
         assert mine[2]["attention"] == (layers if "selective" in name else 2 * layers), name
+        assert mine[2]["gate"] == 2 * layers - mode.get("mlp_kept", 0), name
         # The layer's input; attention's output and LSE.
         tensors = 3 if "selective" in name else 1
         assert mine[2]["offloaded"] == (tensors * layers if "offloaded" in name else 0), name
@@ -129,6 +134,8 @@ def test_a_chunked_mlp_is_the_mlp(chunk):
     plain = loss_and_gradients({}, torch.float64, **mask)
     chunks = -(-sum(LENGTHS) // chunk) * CONFIG.num_hidden_layers
     for mode in ({}, *MODES.values()):
+        if "mlp_kept" in mode:
+            continue
         mine = loss_and_gradients(mode | {"mlp_chunk": chunk}, torch.float64, **mask)
         assert torch.allclose(mine[0], plain[0], rtol=1e-6)
         for name, gradient in plain[1].items():
@@ -153,24 +160,51 @@ def test_a_chunked_mlp_with_frozen_weights():
         ChunkedMLP(mlp, 0)
 
 
-def test_compiled_parts_are_the_norms_and_mlps():
+def test_compiled_parts_are_all_but_attention():
     """Under the eager stance: what is compiled, and that names and results stay; not the compiler."""
     mask = {"flashmask": FlashMask.from_lengths(LENGTHS)}
     plain = loss_and_gradients({}, **mask)
     with torch.compiler.set_stance("force_eager"), mock.patch.object(torch, "compile", wraps=torch.compile) as compiled:
         assert_equal(loss_and_gradients({"compile": True, "activation_checkpointing": "full"}, **mask), plain)
-    assert compiled.call_count == 3 * CONFIG.num_hidden_layers + 1
+    assert compiled.call_count == 4 * CONFIG.num_hidden_layers + 1
 
 
-def test_offload_without_checkpoints_is_refused():
+def test_layers_share_their_compiled_code():
+    """Four graphs whatever the layers: a norm, what comes before attention, what comes after it, the MLP."""
+    mask = {"flashmask": FlashMask.from_lengths(LENGTHS)}
+    plain = loss_and_gradients({}, torch.float64, **mask)
+    # Without a compiler: cut into graphs as Inductor is given them.
+    partitioned = partial(torch.compile, backend="aot_eager_decomp_partition")
+    # Modules are told apart by their hooks.
+    hooks = mock.patch.object(torch.nn.Linear, "register_forward_hook")
+    with mock.patch.object(torch, "compile", partitioned), hooks:
+        for mode in ({"activation_checkpointing": "selective", "mlp_kept": 1}, {"activation_checkpointing": "full"}):
+            torch._dynamo.reset()
+            counters.clear()
+            loss, gradients, _ = loss_and_gradients(mode | {"compile": True}, torch.float64, **mask)
+            assert counters["stats"]["unique_graphs"] == 4
+            assert torch.allclose(loss, plain[0])
+            for name, gradient in plain[1].items():
+                assert (gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_offload_and_kept_mlps_without_checkpoints_are_refused():
     with pytest.raises(ValueError, match="Set it to selective or full"):
         TrainConfig(activation_offload=True)
+    with pytest.raises(ValueError, match="Set it to 0"):
+        TrainConfig(mlp_kept=1)
+    for saving in ({"mlp_chunk": 8}, {"activation_offload": True}):
+        with pytest.raises(ValueError, match="spends memory"):
+            TrainConfig(activation_checkpointing="full", mlp_kept=1, **saving)
+    with pytest.raises(ValueError, match="the model has 2"):
+        prepare_layers(tiny_model(), TrainConfig(activation_checkpointing="full", mlp_kept=3))
 
 
 @pytest.mark.parametrize(
     "engine, option",
     [
         ("megatron", {"mlp_chunk": 8}),
+        ("deepspeed", {"activation_checkpointing": "full", "mlp_kept": 1}),
         ("megatron", {"activation_checkpointing": "full", "activation_offload": True}),
         ("megatron", {"activation_checkpointing": "selective"}),
         ("deepspeed", {"compile": True}),
