@@ -12,8 +12,8 @@ Sections (`--cells`):
                kept as there is room for; all else the same
   modes        ours, the 8B's eighth at 128K with other checkpoints, with and without compiled layers
   memory       peak memory of each way of keeping activations, beside the estimator's
-  longest      the whole 8B at 128K and 256K tokens: bfloat16 with stochastic rounding (needs torchao; `ours_nearest`
-               does without it, for memory and speed alone), activations offloaded
+  longest      the whole 8B at 128K, 160K and 256K tokens: bfloat16 with stochastic rounding (needs torchao;
+               `ours_nearest` does without it, for memory and speed alone), activations offloaded
   million      the 1B at 512K and 1M tokens of documents of up to 128K
   convergence  300 steps of a 160M model on text, ours and the dense mask, from the same start on the same batches
 

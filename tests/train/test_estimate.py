@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fm_longctx import FlashMask
 from fm_longctx.train import memory as train_memory
-from fm_longctx.train.config import Config, DataConfig, ModelConfig, TrainConfig
+from fm_longctx.train.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
 from fm_longctx.train.engines import make_engine, start
 from fm_longctx.train.estimate import Setup, Shape, flop_count, step_flops
 from fm_longctx.train.estimate_memory import layer_kept, memory, mlp_extra
 from fm_longctx.train.flops import FlopCount
 from fm_longctx.train.memory import prepare_layers
 from fm_longctx.train.model import build, huggingface_config
+from fm_longctx.train.tasks.models import build_model
 from tests.distributed import run_ranks
 from tests.train.live_bytes import LiveBytes
 from tests.train.tiny import tiny_model
@@ -124,6 +125,23 @@ def test_the_peak_of_a_step(precision):
         (peak,) = run_ranks(1, peak_of_a_step, config)
         found = memory(shape_of(WIDE), setup(precision, train))
         assert found.peak == pytest.approx(peak, rel=0.05), (train, found)
+
+
+def test_adapters_and_a_reference():
+    """Frozen weights have no gradient and no moments; a copy is the weights once more."""
+    given = TrainConfig(device="cpu", precision="bfloat16", loss_chunk=32, activation_checkpointing="full")
+    config = Config(model=WIDE, data=DataConfig(sequence_length=T), train=given, lora=LoraConfig(r=4))
+    trained = sum(p.numel() for p in build_model(config).parameters() if p.requires_grad)
+    (peak,) = run_ranks(1, peak_of_a_step, config)
+    shape = shape_of(WIDE)
+    adapters = replace(setup("bfloat16", {"activation_checkpointing": "full"}), trained=trained)
+    found = memory(shape, adapters)
+    assert found.parameters == 2 * shape.parameters + 4 * trained
+    assert (found.gradients, found.optimizer) == (4 * trained, 8 * trained)
+    assert found.peak == pytest.approx(peak, rel=0.1)
+    compared = memory(shape, replace(adapters, reference="copy"))
+    assert compared.peak - found.peak == compared.reference == 2 * shape.parameters
+    assert memory(shape, replace(adapters, reference="same")) == found
 
 
 def peak_of_a_step(config):
