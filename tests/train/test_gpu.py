@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fm_longctx.train import offload
+from fm_longctx.train.profiler import OutOfMemory
 from tests.train.runs import config_of, lines_of, train_here
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -73,9 +74,13 @@ def test_compiled_layers_train_as_the_others_do(tmp_path):
     """Not to the bit: what is fused is rounded less often."""
     for name, compiled in (("plain", False), ("compiled", True)):
         mode = MODES["selective, MLP kept"] | {"train.compile": compiled, "checkpoint.at_end": False}
+        mode |= {"train.profile_steps": "4-5"}
         train_here(tmp_path / name, **SMALL | {"train.deterministic": False}, **mode)
     for plain, compiled in zip(losses(tmp_path / "plain"), losses(tmp_path / "compiled"), strict=True):
         assert compiled == pytest.approx(plain, rel=5e-3)
+    assert (tmp_path / "compiled" / "profile" / "steps_4-5_rank_0.json.gz").stat().st_size
+    last = lines_of(tmp_path / "compiled")[-1]
+    assert 0 < last["mfu"] < 1 and last["peak_memory_gib"] > 0
 
 
 def test_stochastic_rounding_trains(tmp_path):
@@ -83,3 +88,16 @@ def test_stochastic_rounding_trains(tmp_path):
     mode = MODES["full"] | {"train.precision": "bfloat16_stochastic", "train.mlp_chunk": 1024}
     train_here(tmp_path / "run", **SMALL | mode, **{"train.deterministic": False, "checkpoint.at_end": False})
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_out_of_memory_leaves_a_snapshot(tmp_path):
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    # Room for the weights, and for little more.
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / whole)
+    try:
+        with pytest.raises(OutOfMemory, match="pytorch.org/memory_viz"):
+            train_here(tmp_path / "run", **SMALL, **{"train.memory_history": True, "data.batch_size": 8})
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (tmp_path / "run" / "memory" / "rank_0.pickle").stat().st_size
