@@ -156,8 +156,9 @@ class MegatronEngine(Engine):
             data_iterator=iter([batch]),
             model=[self.ddp],
             num_microbatches=1,
-            seq_length=self.sequence_length,
-            micro_batch_size=self.batch_size,
+            # Held-out sequences may have a length of their own.
+            seq_length=batch.num_tokens // len(batch.sequences),
+            micro_batch_size=len(batch.sequences),
             forward_only=True,
             collect_non_loss_data=True,
         )
