@@ -147,6 +147,7 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
                 steps=2,
             )
             for mode, compiled, kept, loss_chunk in (
+                ("selective", True, 4, 4096),
                 ("selective", True, 3, 1024),
                 ("selective", True, 0, 4096),
                 ("full", True, 0, 4096),
