@@ -24,13 +24,19 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
+        made = False
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 # A sharded tensor's own storage is a stand-in.
                 storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
-                if storage._cdata not in given:
-                    self.storages.setdefault(storage._cdata, StorageWeakRef(storage))
-        self.peak = max(self.peak, self.now())
+                known = self.storages.get(storage._cdata)
+                # A place of memory may be taken again.
+                if storage._cdata not in given and (known is None or known.expired()):
+                    self.storages[storage._cdata] = StorageWeakRef(storage)
+                    made = True
+        # Views make nothing.
+        if made:
+            self.peak = max(self.peak, self.now())
         return out
 
     def now(self):
