@@ -118,7 +118,7 @@ def test_what_a_layer_keeps(kind, precision):
 
 def test_the_peak_of_a_step():
     """Of the engine, sharding over its one rank: weights, gradients, moments, what is gathered, activations and all."""
-    for precision, train in [("float32", MODES[0]), *(("bfloat16", mode) for mode in MODES)]:
+    for precision, train in [("float32", MODES[0]), *(("bfloat16", MODES[i]) for i in (0, 2, 3, 4))]:
         options = TrainConfig(device="cpu", precision=precision, loss_chunk=32, **train)
         config = Config(model=WIDE, data=DataConfig(sequence_length=T), train=options)
         (peak,) = run_ranks(1, peak_of_a_step, config)
