@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[16, 16])
     parser.add_argument("--block-n", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--ping-pong", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--q-in-registers", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--masks", nargs="+", default=["causal", "full", "causal_document", "document", "random_eviction"]
@@ -44,8 +43,11 @@ def main() -> None:
     }
     for d in options.head_dims:
         for name in options.masks:
-            for config in itertools.product(options.block_n, options.stages, options.ping_pong, options.q_in_registers):
-                time_config(launch.Config(*config), name, masks[name].to("cuda"), n, options.heads, d)
+            for block_n, stages, in_registers in itertools.product(
+                options.block_n, options.stages, options.q_in_registers
+            ):
+                config = launch.Config(block_n, stages, bool(in_registers), out_buffer=d < 256)
+                time_config(config, name, masks[name].to("cuda"), n, options.heads, d)
 
 
 def time_config(config: launch.Config, name: str, mask: FlashMask, n: int, heads: tuple[int, int], d: int) -> None:

@@ -1,12 +1,14 @@
 """The Hopper backward kernel, in Gluon: a TMA producer warp and two consumer warpgroups of 64 key columns each.
 
-One CTA owns 128 columns of one key/value head. The producer streams Q and dO of the row-blocks that see them, for
-every query head of the group in turn, so that dK and dV stay in registers and have one writer. Scores are computed
-transposed, S^T = K Q^T and dP^T = V dO^T: then P^T and dS^T are already laid out as the register operands of
-dV += P^T dO and dK += dS^T Q. For dQ = dS K the two warpgroups exchange dS through shared memory, each computes a half
-of the tile's dQ over all 128 columns, and TMA adds it to a float32 sum in global memory, whose order varies between
-runs. With DQ = False that part is left out, and what remains is bitwise repeatable; query_gradient.py does the
-rest. With AHEAD, S^T of the next tile is computed while dQ of this one leaves the registers.
+An item is 128 columns of one key/value head. A CTA takes one after the other: dK and dV stay in registers and have one
+writer, while the producer streams Q and dO of the row-blocks that see them, and already those of the next item. It
+walks a list from its end, and at each row-block through all query heads of the group: the columns of a document then
+meet at the same rows, whose dQ stays in the L2 cache. Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T:
+P^T and dS^T are then laid out as the register operands of dV += P^T dO and dK += dS^T Q. For dQ = dS K the two
+warpgroups exchange dS through shared memory, each computes a half of the tile's dQ over all 128 columns, and TMA adds
+it to a float32 sum in global memory, whose order varies between runs. With DQ = False that part is left out, and what
+remains is bitwise repeatable; query_gradient.py does the rest. With AHEAD, S^T of the next tile is computed while dK
+and dV of this one are.
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3 and its Hopper backward, over FlashMask's visible tiles.
 """
@@ -24,11 +26,52 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fm_longctx.kernels.hopper.primitives import (
     hide_columns,
     next_stage,
-    next_tile,
-    open_list,
-    peek,
+    open_end,
+    peek_back,
+    read_word,
+    take,
+    tile_before,
     tma_reduce_add,
+    write_word,
 )
+
+
+@gluon.jit
+def _fetch(
+    tile,
+    partial,
+    h,
+    group,
+    stage,
+    phase,
+    q_desc,
+    dout_desc,
+    stats_desc,
+    q_s,
+    dout_s,
+    stats_s,
+    word_s,
+    full,
+    empty,
+    b,
+    heads,
+    row_blocks,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One step: Q and dO of a row-block of query head h, and what the consumers need to know of the tile."""
+    size: gl.constexpr = q_desc.block_type.nbytes + dout_desc.block_type.nbytes + stats_desc.block_type.nbytes
+    bar = full.index(stage)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    write_word(word_s.index(3 * stage), tile << 1 | partial)
+    write_word(word_s.index(3 * stage + 1), h)
+    write_word(word_s.index(3 * stage + 2), group)
+    mbarrier.expect(bar, size)
+    tma.async_copy_global_to_shared(q_desc, [b, tile * BLOCK_M, h, 0], bar, q_s.index(stage))
+    stats_row = 2 * ((b * heads + h) * row_blocks + tile)
+    tma.async_copy_global_to_shared(stats_desc, [stats_row, 0], bar, stats_s.index(stage))
+    tma.async_copy_global_to_shared(dout_desc, [b, tile * BLOCK_M, h, 0], bar, dout_s.index(stage))
+    return next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -43,16 +86,20 @@ def _produce(
     v_s,
     dout_s,
     stats_s,
+    word_s,
+    item_s,
     kv_full,
+    kv_empty,
     full,
     empty,
     p_runs,
     p_first,
+    p_count,
     p_tiles,
-    b,
-    h_kv,
-    block,
+    p_order,
+    p_counter,
     blocks,
+    items,
     n_q,
     heads,
     mask_batch,
@@ -60,30 +107,53 @@ def _produce(
     KV_SHARE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
+    ONE_LIST: gl.constexpr,
 ):
-    mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
-    for w in gl.static_range(2):
-        n0 = block * 128 + 64 * w
-        tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], kv_full, k_s.index(w))
-        tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], kv_full, v_s.index(w))
-    size: gl.constexpr = q_desc.block_type.nbytes + dout_desc.block_type.nbytes + stats_desc.block_type.nbytes
     row_blocks = (n_q + BLOCK_M - 1) // BLOCK_M
-    stage, phase = 0, 0
-    for shared in range(KV_SHARE):
-        h = h_kv * KV_SHARE + shared
-        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-        run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
-        for _ in range(gl.load(p_tiles + group * blocks + block)):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, size)
-            tma.async_copy_global_to_shared(q_desc, [b, tile * BLOCK_M, h, 0], bar, q_s.index(stage))
-            stats_row = 2 * ((b * heads + h) * row_blocks + tile)
-            tma.async_copy_global_to_shared(stats_desc, [stats_row, 0], bar, stats_s.index(stage))
-            tma.async_copy_global_to_shared(dout_desc, [b, tile * BLOCK_M, h, 0], bar, dout_s.index(stage))
-            word, word_end = peek(p_runs, run)
-            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-            stage, phase = next_stage(stage, phase, STAGES)
+    heads_kv = heads // KV_SHARE
+    item = gl.program_id(0)
+    stage, phase, turn = 0, 0, 0
+    while item < items:
+        bh = item // blocks
+        b = bh // heads_kv
+        h_kv = bh - b * heads_kv
+        # The first query head's order serves the whole group of heads: it only decides when a block runs.
+        group = (b % mask_batch) * mask_heads + h_kv * KV_SHARE // (heads // mask_heads)
+        block = gl.load(p_order + group * blocks + item - bh * blocks)
+        total = 0
+        for shared in range(KV_SHARE):
+            group = (b % mask_batch) * mask_heads + (h_kv * KV_SHARE + shared) // (heads // mask_heads)
+            total += gl.load(p_tiles + group * blocks + block)
+        mbarrier.wait(kv_empty, turn ^ 1)
+        write_word(item_s.index(0), total)
+        write_word(item_s.index(1), block)
+        write_word(item_s.index(2), bh)
+        mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+        for w in gl.static_range(2):
+            n0 = block * 128 + 64 * w
+            tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], kv_full, k_s.index(w))
+            tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], kv_full, v_s.index(w))
+        turn = turn ^ 1
+        OUTER: gl.constexpr = 1 if ONE_LIST else KV_SHARE
+        INNER: gl.constexpr = KV_SHARE if ONE_LIST else 1
+        for outer in range(OUTER):
+            h0 = h_kv * KV_SHARE + outer
+            group = (b % mask_batch) * mask_heads + h0 // (heads // mask_heads)
+            at = group * blocks + block
+            run, tile, begin, partial = open_end(p_first, p_count, p_runs, at)
+            for _ in range(gl.load(p_tiles + at)):
+                for inner in range(INNER):
+                    # fmt: off
+                    stage, phase = _fetch(tile, partial, h0 + inner, group, stage, phase, q_desc, dout_desc, stats_desc,
+                                          q_s, dout_s, stats_s, word_s, full, empty, b, heads, row_blocks,
+                                          BLOCK_M, STAGES)
+                    # fmt: on
+                word, word_end = peek_back(p_runs, run)
+                run, tile, begin, partial = tile_before(run, tile, begin, partial, word, word_end)
+        item = take(p_counter)
+    mbarrier.wait(kv_empty, turn ^ 1)
+    write_word(item_s.index(0), -1)
+    mbarrier.arrive(kv_full, count=1)
 
 
 @gluon.jit
@@ -120,7 +190,9 @@ def _consume(
     p_dv,
     p_starts,
     p_ends,
+    stride_db,
     stride_dn,
+    stride_dh,
     q_s,
     k_s,
     v_s,
@@ -128,24 +200,17 @@ def _consume(
     stats_s,
     ds_s,
     dq_s,
+    word_s,
+    item_s,
     kv_full,
+    kv_empty,
     full,
     empty,
     ds_full,
-    p_runs,
-    p_first,
-    p_tiles,
-    b,
-    h_kv,
-    block,
-    blocks,
     n_q,
     n_k,
-    heads,
-    mask_batch,
-    mask_heads,
+    heads_kv,
     scale,
-    KV_SHARE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
@@ -156,6 +221,7 @@ def _consume(
     AHEAD: gl.constexpr,
 ):
     gl.static_assert(STAGES > 1 or not AHEAD, "the next tile has no buffer while this one's is in use")
+    gl.static_assert(not (DQ and AHEAD), "measured to be slower, and it spills")
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     KV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -163,22 +229,20 @@ def _consume(
     P: gl.constexpr = gl.DotOperandLayout(0, KV, 2)
     dtype: gl.constexpr = q_s.dtype
     scale_log2 = scale * LOG2E
-    n0 = block * 128 + 64 * w
-    o_n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    dk = gl.full([64, D], 0.0, gl.float32, KV)
-    dv = gl.full([64, D], 0.0, gl.float32, KV)
     k = k_s.index(w).reshape([64, D])
     v = v_s.index(w).reshape([64, D])
-    mbarrier.wait(kv_full, 0)
 
-    stage, phase, turn = 0, 0, 0
-    for shared in range(KV_SHARE):
-        h = h_kv * KV_SHARE + shared
-        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-        p_s = p_starts + group.to(gl.int64) * INTERVALS * n_k
-        p_e = p_ends + group.to(gl.int64) * INTERVALS * n_k
-        run, tile, end, partial = open_list(p_first, p_runs, group * blocks + block)
-        tiles = gl.load(p_tiles + group * blocks + block)
+    stage, phase, turn, item_turn = 0, 0, 0, 0
+    mbarrier.wait(kv_full, 0)
+    tiles = read_word(item_s.index(0))
+    while tiles >= 0:
+        block = read_word(item_s.index(1))
+        bh = read_word(item_s.index(2))
+        b = bh // heads_kv
+        n0 = block * 128 + 64 * w
+        o_n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+        dk = gl.full([64, D], 0.0, gl.float32, KV)
+        dv = gl.full([64, D], 0.0, gl.float32, KV)
         if AHEAD:
             mbarrier.wait(full.index(stage), phase, pred=tiles > 0)
             s = warpgroup_mma_wait(0, deps=(_product(k, q_s.index(stage), BLOCK_M, D, S),))
@@ -186,76 +250,91 @@ def _consume(
             q = q_s.index(stage).reshape([BLOCK_M, D])
             dout = dout_s.index(stage).reshape([BLOCK_M, D])
             stats = stats_s.index(stage)
-            m0 = tile * BLOCK_M
             if AHEAD:
+                word = read_word(word_s.index(3 * stage))
                 dp = _product(v, dout_s.index(stage), BLOCK_M, D, S)
             else:
                 mbarrier.wait(full.index(stage), phase)
+                word = read_word(word_s.index(3 * stage))
                 s_now = _product(k, q_s.index(stage), BLOCK_M, D, S)
                 dp = _product(v, dout_s.index(stage), BLOCK_M, D, S)
                 s = warpgroup_mma_wait(1, deps=(s_now,))
-            if partial:
-                s = hide_columns(s, o_n, m0, n0, n_q, n_k, p_s, p_e, BLOCK_M, S, CAUSAL, INTERVALS)
+            m0 = (word >> 1) * BLOCK_M
+            if word & 1:
+                first = read_word(word_s.index(3 * stage + 2)).to(gl.int64) * INTERVALS * n_k
+                s = hide_columns(
+                    s, o_n, m0, n0, n_q, n_k, p_starts + first, p_ends + first, BLOCK_M, S, CAUSAL, INTERVALS
+                )
             p = gl.exp2(s * scale_log2 - stats.slice(0, 1, 0).load(S))
             # Before dS is formed, which hides it; and the wait for dP cannot move above the exponentials that hide dP.
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P), dout, dv, is_async=True)
             b_dp = warpgroup_mma_wait(1, deps=(dp,))
             ds = (p * (b_dp - stats.slice(1, 1, 0).load(S))).to(dtype)
-            if DQ:
-                # Two buffers in turn: whoever writes the one of two tiles ago has seen the other warpgroup arrive
-                # for the last tile, hence done with reading it.
-                ds_s.index(2 * turn + w).store(ds)
-                fence_async_shared()
-                mbarrier.arrive(ds_full, count=1)
-            dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
-            word, word_end = peek(p_runs, run)
             done = empty.index(stage)
             if DQ:
+                h = read_word(word_s.index(3 * stage + 1))
+                # Two buffers in turn: whoever writes the one of two tiles ago has seen the other warpgroup arrive
+                # for the last tile, hence done with reading it.
+                ds_s.index(2 * w + turn).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full, count=1)
                 mbarrier.wait(ds_full, turn)
-                dq = _query_gradient(w, ds_s.index(2 * turn), ds_s.index(2 * turn + 1), k_s, BLOCK_M, D, HALF)
-                dv, dk = warpgroup_mma_wait(2, deps=(dv, dk))
-                mbarrier.arrive(done, count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
-            if AHEAD:
-                # After the list's last tile this is of whatever is there, and nobody looks at it.
-                mbarrier.wait(full.index(stage), phase, pred=i + 1 < tiles)
-                s_next = _product(k, q_s.index(stage), BLOCK_M, D, S)
-            if DQ:
+                dq = _query_gradient(w, ds_s.index(turn), ds_s.index(2 + turn), k_s, BLOCK_M, D, HALF)
+                # Behind dQ, so that it runs while dQ leaves.
+                dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
                 # The sum of the last tile has left the buffer.
                 tma.store_wait(0)
-                b_dq = warpgroup_mma_wait(1 if AHEAD else 0, deps=(dq,))
+                b_dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
                 dq_s.index(w).reshape([64, 64]).store(b_dq)
                 fence_async_shared()
                 if BLOCK_M == 64:
                     tma_reduce_add(dq_desc, [b, m0, h, w * (D // 2)], dq_s.index(w))
                 else:
                     tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_s.index(w))
+                dk = warpgroup_mma_wait(0, deps=(dk,))
+                mbarrier.arrive(done, count=1)
+                turn = turn ^ 1
+                stage, phase = next_stage(stage, phase, STAGES)
             else:
+                dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
+                stage, phase = next_stage(stage, phase, STAGES)
+                if AHEAD:
+                    # After the list's last tile this is of whatever is there, and nobody looks at it.
+                    mbarrier.wait(full.index(stage), phase, pred=i + 1 < tiles)
+                    s_next = _product(k, q_s.index(stage), BLOCK_M, D, S)
                 dv, dk = warpgroup_mma_wait(1 if AHEAD else 0, deps=(dv, dk))
                 mbarrier.arrive(done, count=1)
-            turn = turn ^ 1
-            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-            if AHEAD:
-                s = warpgroup_mma_wait(0, deps=(s_next,))
+                if AHEAD:
+                    s = warpgroup_mma_wait(0, deps=(s_next,))
 
-    if TMA_STORE:
-        # Nobody else reads V of these columns. K the other warpgroup still needs for dQ: dK leaves by dQ's buffer.
+        h_kv = bh - b * heads_kv
+        if DQ:
+            # K and V of the next item may come: dK and dV leave by the buffers of dQ and dS, once the other warpgroup
+            # has read the latter.
+            mbarrier.arrive(kv_empty, count=1)
+            mbarrier.wait(kv_empty, item_turn)
+        if TMA_STORE:
+            tma.store_wait(0)
+            dv_s = ds_s.index(2 * w) if DQ else v_s.index(w)
+            dv_out = dv_s._reinterpret(dtype, [1, 64, 1, D], dv_desc.layout)
+            dk_out = dq_s.index(w)._reinterpret(dtype, [1, 64, 1, D], dk_desc.layout)
+            dv_out.reshape([64, D]).store(dv.to(dtype))
+            dk_out.reshape([64, D]).store((dk * scale).to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dv_desc, [b, n0, h_kv, 0], dv_out)
+            tma.async_copy_shared_to_global(dk_desc, [b, n0, h_kv, 0], dk_out)
+        else:
+            o_row = gl.expand_dims(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, KV)), 1)
+            o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, KV)), 0)
+            offsets = b.to(gl.int64) * stride_db + h_kv * stride_dh + o_row.to(gl.int64) * stride_dn + o_d
+            gl.store(p_dv + offsets, dv, mask=o_row < n_k)
+            gl.store(p_dk + offsets, dk * scale, mask=o_row < n_k)
         tma.store_wait(0)
-        dv_out = v_s.index(w)._reinterpret(dtype, [1, 64, 1, D], dv_desc.layout)
-        dk_out = dq_s.index(w)._reinterpret(dtype, [1, 64, 1, D], dk_desc.layout)
-        dv_out.reshape([64, D]).store(dv.to(dtype))
-        dk_out.reshape([64, D]).store((dk * scale).to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dv_desc, [b, n0, h_kv, 0], dv_out)
-        tma.async_copy_shared_to_global(dk_desc, [b, n0, h_kv, 0], dk_out)
-        tma.store_wait(0)
-    else:
-        o_row = gl.expand_dims(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, KV)), 1)
-        o_d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, KV)), 0)
-        offsets = o_row.to(gl.int64) * stride_dn + o_d
-        gl.store(p_dv + offsets, dv, mask=o_row < n_k)
-        gl.store(p_dk + offsets, dk * scale, mask=o_row < n_k)
-        tma.store_wait(0)
+        if not DQ:
+            mbarrier.arrive(kv_empty, count=1)
+        item_turn = item_turn ^ 1
+        mbarrier.wait(kv_full, item_turn)
+        tiles = read_word(item_s.index(0))
 
 
 @gluon.jit
@@ -274,13 +353,17 @@ def backward_kernel(
     p_ends,
     p_runs,
     p_first,
+    p_count,
     p_tiles,
     p_order,
+    p_counter,
     stride_db,
     stride_dn,
     stride_dh,
     n_q,
     n_k,
+    blocks,
+    items,
     heads,
     mask_batch,
     mask_heads,
@@ -293,33 +376,31 @@ def backward_kernel(
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
     DQ: gl.constexpr,
+    ONE_LIST: gl.constexpr,
     AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
-    b, h_kv = gl.program_id(2), gl.program_id(1)
-    blocks = gl.num_programs(0)
-    # The first query head's order serves the whole group of heads: it only decides when a block runs.
-    first = (b % mask_batch) * mask_heads + h_kv * KV_SHARE // (heads // mask_heads)
-    block = gl.load(p_order + first * blocks + gl.program_id(0))
-    p_dk += b.to(gl.int64) * stride_db + h_kv * stride_dh
-    p_dv += b.to(gl.int64) * stride_db + h_kv * stride_dh
-
     dtype: gl.constexpr = q_desc.dtype
     HALVES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_M, 1, D], q_desc.layout)
     dout_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_M, 1, D], dout_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BLOCK_M], stats_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
+    word_s = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], WORD)
+    item_s = gl.allocate_shared_memory(gl.int32, [3, 1], WORD)
     ds_s, dq_s = q_s, k_s
     if DQ:
         ds_s = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALVES)
         dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 64, 1, 64], dq_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=2)
     mbarrier.init(ds_full, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
@@ -329,17 +410,18 @@ def backward_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_dn,
-                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, kv_full, full, empty, ds_full,
-                        p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q, n_k, heads, mask_batch, mask_heads,
-                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
-            (_consume, (1, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_dn,
-                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, kv_full, full, empty, ds_full,
-                        p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q, n_k, heads, mask_batch, mask_heads,
-                        scale, KV_SHARE, BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
-            (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s,
-                        kv_full, full, empty, p_runs, p_first, p_tiles, b, h_kv, block, blocks, n_q,
-                        heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES)),
+            (_consume, (0, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_db, stride_dn, stride_dh,
+                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, word_s, item_s, kv_full, kv_empty, full, empty,
+                        ds_full, n_q, n_k, heads // KV_SHARE, scale,
+                        BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
+            (_consume, (1, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_db, stride_dn, stride_dh,
+                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, word_s, item_s, kv_full, kv_empty, full, empty,
+                        ds_full, n_q, n_k, heads // KV_SHARE, scale,
+                        BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
+            (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s, word_s, item_s,
+                        kv_full, kv_empty, full, empty, p_runs, p_first, p_count, p_tiles, p_order, p_counter,
+                        blocks, items, n_q, heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES,
+                        ONE_LIST)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, 24],

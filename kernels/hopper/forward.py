@@ -1,8 +1,10 @@
 """The Hopper forward kernel, in Gluon: a TMA producer warp and two consumer warpgroups of 64 query rows each.
 
-The producer walks the row-block's runs of tiles and keeps STAGES tiles of K and V in flight; for partial tiles it
-fetches the columns' interval bounds along with K. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j
-together and does the softmax of tile j + 1 while the tensor cores finish the latter.
+An item is 128 rows of one query head. A CTA takes one after the other, longest lists first: while the consumers finish
+an item, the producer fetches Q, K and V of the next. It walks the item's runs of tiles, keeps STAGES tiles of K and V
+in flight, fetches the columns' interval bounds along with K if a tile is partial, and tells the consumers by a word in
+shared memory which tile that is. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j together and does
+the softmax of tile j + 1 while the tensor cores finish the latter.
 
 Source: FlashAttention-3 (arXiv 2407.08608), algorithm 2 (overlap within a warpgroup), over FlashMask's visible tiles.
 """
@@ -17,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek
+from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek, read_word, take, write_word
 
 
 @gluon.jit
@@ -32,6 +34,7 @@ def _fetch(
     k_s,
     v_s,
     bounds_s,
+    word_s,
     full,
     empty,
     b,
@@ -48,6 +51,8 @@ def _fetch(
     n0 = tile * BLOCK_N
     size: gl.constexpr = (k_desc.block_type.nbytes if K else 0) + (v_desc.block_type.nbytes if V else 0)
     mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+    if K:
+        write_word(word_s.index(stage), tile << 1 | partial)
     if K and INTERVALS > 0:
         mbarrier.expect(full.index(stage), size + bounds_desc.block_type.nbytes, pred=partial != 0)
         mbarrier.expect(full.index(stage), size, pred=partial == 0)
@@ -72,39 +77,69 @@ def _produce(
     k_s,
     v_s,
     bounds_s,
+    word_s,
+    item_s,
     q_full,
+    q_empty,
     full,
     empty,
-    p_first,
     p_runs,
-    at,
-    count,
-    b,
-    h,
-    h_kv,
-    bounds_row,
-    m0,
+    p_first,
+    p_tiles,
+    p_order,
+    p_counter,
+    blocks,
+    items,
+    heads,
+    mask_batch,
+    mask_heads,
+    KV_SHARE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     INTERVALS: gl.constexpr,
 ):
-    for w in gl.static_range(2):
-        mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, m0 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
-    if count > 0:
+    item = gl.program_id(0)
+    turn, i = 0, 0
+    while item < items:
+        # The query heads of a group one after the other, so that CTAs in flight read the same K and V.
+        place = item // KV_SHARE % blocks
+        bh = item // (KV_SHARE * blocks) * KV_SHARE + item % KV_SHARE
+        b = bh // heads
+        h = bh - b * heads
+        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+        block = gl.load(p_order + group * blocks + place)
+        at = group * blocks + block
+        count = gl.load(p_tiles + at)
         run, tile, end, partial = open_list(p_first, p_runs, at)
-        # fmt: off
-        _fetch(0, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
-               bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=False)
-        for i in range(1, count):
-            before = tile
-            word, word_end = peek(p_runs, run)
-            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-            _fetch(i, tile, partial, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
-                   bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=True)
-        _fetch(count, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, full, empty, b, h_kv,
-               bounds_row, BLOCK_N, STAGES, INTERVALS, K=False, V=True)
-        # fmt: on
+        mbarrier.wait(q_empty, turn ^ 1)
+        write_word(item_s.index(0), count)
+        write_word(item_s.index(1), block)
+        write_word(item_s.index(2), bh)
+        for w in gl.static_range(2):
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_desc, [b, block * 128 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
+        turn = turn ^ 1
+        if count > 0:
+            h_kv = h // KV_SHARE
+            bounds_row = group * bounds_desc.block_shape[0]
+            # fmt: off
+            _fetch(i, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full, empty,
+                   b, h_kv, bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=False)
+            for j in range(1, count):
+                before = tile
+                word, word_end = peek(p_runs, run)
+                run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
+                _fetch(i + j, tile, partial, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full,
+                       empty, b, h_kv, bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=True)
+            _fetch(i + count, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full,
+                   empty, b, h_kv, bounds_row, BLOCK_N, STAGES, INTERVALS, K=False, V=True)
+            # fmt: on
+            i += count + 1
+        item = take(p_counter)
+    mbarrier.wait(q_empty, turn ^ 1)
+    write_word(item_s.index(0), -1)
+    for w in gl.static_range(2):
+        mbarrier.arrive(q_full.index(w), count=1)
 
 
 @gluon.jit
@@ -132,24 +167,23 @@ def _consume(
     out_desc,
     p_out,
     p_lse,
+    stride_ob,
     stride_on,
+    stride_oh,
     q_s,
+    out_s,
     k_s,
     v_s,
     bounds_s,
+    word_s,
+    item_s,
     q_full,
+    q_empty,
     full,
     empty,
-    turn,
-    p_first,
-    p_runs,
-    at,
-    count,
-    b,
-    h,
-    m0,
     n_q,
     n_k,
+    heads,
     scale,
     BLOCK_N: gl.constexpr,
     D: gl.constexpr,
@@ -158,8 +192,8 @@ def _consume(
     INTERVALS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
-    PING_PONG: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
+    OUT_BUFFER: gl.constexpr,
 ):
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -169,82 +203,104 @@ def _consume(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O)
     dtype: gl.constexpr = out_desc.dtype
     scale_log2 = scale * LOG2E
-    m_w = m0 + 64 * w
-    o_m = m_w + gl.arange(0, 64, layout=S_ROW)
-    b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
-    b_out = gl.full([64, D_V], 0.0, gl.float32, O)
     blank = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
-    split_sum = _sum_in_thread(blank, 64, BLOCK_N)
-    q = q_s.index(w).reshape([64, D])
+    turn, i = 0, 0
     mbarrier.wait(q_full.index(w), 0)
-    if Q_IN_REGISTERS:
-        # Read once instead of by every S = Q K^T: shared memory is what the products share with the copies.
-        q = q.load(gl.DotOperandLayout(0, S, 2))
+    count = read_word(item_s.index(0))
+    while count >= 0:
+        block = read_word(item_s.index(1))
+        bh = read_word(item_s.index(2))
+        m_w = block * 128 + 64 * w
+        o_m = m_w + gl.arange(0, 64, layout=S_ROW)
+        b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
+        b_out = gl.full([64, D_V], 0.0, gl.float32, O)
+        split_sum = _sum_in_thread(blank, 64, BLOCK_N)
+        if Q_IN_REGISTERS:
+            # Read once instead of by every S = Q K^T: shared memory is what the products share with the copies.
+            q = q_s.index(w).reshape([64, D]).load(gl.DotOperandLayout(0, S, 2))
+            if OUT_BUFFER:
+                mbarrier.arrive(q_empty, count=1)
+        else:
+            q = q_s.index(w).reshape([64, D])
 
-    if count > 0:
-        run, tile, end, partial = open_list(p_first, p_runs, at)
-        mbarrier.wait(full.index(0), 0)
-        k = k_s.index(0).reshape([BLOCK_N, D])
-        s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        if partial:
-            s = hide_rows(s, o_m, m_w, tile * BLOCK_N, n_q, n_k, bounds_s.index(0), BLOCK_N, S, CAUSAL, INTERVALS)
-        mbarrier.arrive(empty.index(0), count=1)
-        p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
-        p = gl.convert_layout(p.to(dtype), P)
-        word, word_end = peek(p_runs, run)
-        run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-
-        for i in range(1, count):
+        if count > 0:
             stage = i % STAGES
-            phase = (i // STAGES) & 1
-            mbarrier.wait(full.index(stage), phase)
-            if PING_PONG:
-                mbarrier.wait(turn.index(w), (i - 1) & 1)
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
             k = k_s.index(stage).reshape([BLOCK_N, D])
-            v = v_s.index(stage).reshape([BLOCK_N, D_V])
             s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
-            token = warpgroup_mma(p, v, b_out, is_async=True)
-            if PING_PONG:
-                mbarrier.arrive(turn.index(1 - w), count=1)
-            word, word_end = peek(p_runs, run)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            if partial:
-                n0 = tile * BLOCK_N
+            word = read_word(word_s.index(stage))
+            s = warpgroup_mma_wait(0, deps=(s,))
+            if word & 1:
+                n0 = (word >> 1) * BLOCK_N
                 s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
-            p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
-            p16 = p32.to(dtype)
-            # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting the
-            # wait for P V above the softmax that is to hide it.
-            mbarrier.wait(full.index(stage), phase)
-            run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
+            mbarrier.arrive(empty.index(stage), count=1)
+            p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
+            p = gl.convert_layout(p.to(dtype), P)
+            i += 1
+
+            for _ in range(1, count):
+                stage = i % STAGES
+                phase = (i // STAGES) & 1
+                mbarrier.wait(full.index(stage), phase)
+                word = read_word(word_s.index(stage))
+                k = k_s.index(stage).reshape([BLOCK_N, D])
+                v = v_s.index(stage).reshape([BLOCK_N, D_V])
+                s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
+                token = warpgroup_mma(p, v, b_out, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                if word & 1:
+                    n0 = (word >> 1) * BLOCK_N
+                    s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
+                p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
+                p16 = p32.to(dtype)
+                # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting
+                # the wait for P V above the softmax that is to hide it.
+                mbarrier.wait(full.index(stage), phase)
+                b_out = warpgroup_mma_wait(0, deps=(token,))
+                mbarrier.arrive(empty.index(stage), count=1)
+                b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
+                p = gl.convert_layout(p16, P)
+                i += 1
+
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+            v = v_s.index(stage).reshape([BLOCK_N, D_V])
+            token = warpgroup_mma(p, v, b_out, is_async=True)
             b_out = warpgroup_mma_wait(0, deps=(token,))
             mbarrier.arrive(empty.index(stage), count=1)
-            b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
-            p = gl.convert_layout(p16, P)
+            i += 1
+        if OUT_BUFFER and not Q_IN_REGISTERS:
+            mbarrier.arrive(q_empty, count=1)
 
-        stage = count % STAGES
-        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-        v = v_s.index(stage).reshape([BLOCK_N, D_V])
-        token = warpgroup_mma(p, v, b_out, is_async=True)
-        b_out = warpgroup_mma_wait(0, deps=(token,))
-
-    b_sum = gl.convert_layout(gl.sum(split_sum, 1), S_ROW)
-    seen = b_sum > 0.0
-    b_sum = gl.where(seen, b_sum, 1.0)
-    b_out = b_out * gl.expand_dims(gl.convert_layout(1.0 / b_sum, O_ROW), 1)
-    gl.store(p_lse + o_m, gl.where(seen, b_top * scale + gl.log(b_sum), float("-inf")), mask=o_m < n_q)
-    if TMA_STORE:
-        # Q is not needed any more: its buffer carries the output, which TMA clips at the last row.
-        out = q_s.index(w)._reinterpret(dtype, [1, 64, 1, D_V], out_desc.layout)
-        out.reshape([64, D_V]).store(b_out.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [b, m0 + 64 * w, h, 0], out)
-        tma.store_wait(0)
-    else:
-        o_row = gl.expand_dims(m0 + 64 * w + gl.arange(0, 64, layout=O_ROW), 1)
-        o_d = gl.expand_dims(gl.arange(0, D_V, layout=gl.SliceLayout(0, O)), 0)
-        gl.store(p_out + o_row.to(gl.int64) * stride_on + o_d, b_out, mask=o_row < n_q)
+        b_sum = gl.convert_layout(gl.sum(split_sum, 1), S_ROW)
+        seen = b_sum > 0.0
+        b_sum = gl.where(seen, b_sum, 1.0)
+        b_out = b_out * gl.expand_dims(gl.convert_layout(1.0 / b_sum, O_ROW), 1)
+        b_lse = gl.where(seen, b_top * scale + gl.log(b_sum), float("-inf"))
+        gl.store(p_lse + bh.to(gl.uint64) * gl.cast(n_q, gl.uint32) + o_m, b_lse, mask=o_m < n_q)
+        b = bh // heads
+        h = bh - b * heads
+        if TMA_STORE:
+            # TMA clips at the last row. The output of the item before has left the buffer.
+            out = out_s.index(w)._reinterpret(dtype, [1, 64, 1, D_V], out_desc.layout)
+            if OUT_BUFFER:
+                tma.store_wait(0)
+            out.reshape([64, D_V]).store(b_out.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [b, m_w, h, 0], out)
+            if not OUT_BUFFER:
+                tma.store_wait(0)
+        else:
+            p_rows = p_out + b.to(gl.int64) * stride_ob + h * stride_oh
+            o_row = gl.expand_dims(m_w + gl.arange(0, 64, layout=O_ROW), 1)
+            o_d = gl.expand_dims(gl.arange(0, D_V, layout=gl.SliceLayout(0, O)), 0)
+            gl.store(p_rows + o_row.to(gl.int64) * stride_on + o_d, b_out, mask=o_row < n_q)
+        if not OUT_BUFFER:
+            mbarrier.arrive(q_empty, count=1)
+        turn = turn ^ 1
+        mbarrier.wait(q_full.index(w), turn)
+        count = read_word(item_s.index(0))
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -260,11 +316,14 @@ def forward_kernel(
     p_first,
     p_tiles,
     p_order,
+    p_counter,
     stride_ob,
     stride_on,
     stride_oh,
     n_q,
     n_k,
+    blocks,
+    items,
     heads,
     mask_batch,
     mask_heads,
@@ -277,50 +336,45 @@ def forward_kernel(
     INTERVALS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TMA_STORE: gl.constexpr,
-    PING_PONG: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
+    OUT_BUFFER: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
-    b, h = gl.program_id(2), gl.program_id(1)
-    group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-    blocks = gl.num_programs(0)
-    block = gl.load(p_order + group * blocks + gl.program_id(0))
-    at = group * blocks + block
-    count = gl.load(p_tiles + at)
-    p_lse += (b.to(gl.int64) * heads + h) * n_q
-    p_out += b.to(gl.int64) * stride_ob + h * stride_oh
-    m0 = block * 128
-
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, D_V], v_desc.layout)
     bounds_s = gl.allocate_shared_memory(gl.int32, [STAGES, bounds_desc.block_shape[0], BLOCK_N], bounds_desc.layout)
+    out_s = q_s
+    if OUT_BUFFER:
+        out_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    word_s = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
+    item_s = gl.allocate_shared_memory(gl.int32, [3, 1], WORD)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_empty, count=2)
     for w in gl.static_range(2):
         mbarrier.init(q_full.index(w), count=1)
-        mbarrier.init(turn.index(w), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    if PING_PONG:
-        mbarrier.arrive(turn.index(0), count=1)
     fence_async_shared()
 
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
-                        p_first, p_runs, at, count, b, h, m0, n_q, n_k, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG, Q_IN_REGISTERS)),
-            (_consume, (1, out_desc, p_out, p_lse, stride_on, q_s, k_s, v_s, bounds_s, q_full, full, empty, turn,
-                        p_first, p_runs, at, count, b, h, m0, n_q, n_k, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, PING_PONG, Q_IN_REGISTERS)),
-            (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, q_full, full, empty,
-                        p_first, p_runs, at, count, b, h, h // KV_SHARE, group * bounds_desc.block_shape[0], m0,
-                        BLOCK_N, STAGES, INTERVALS)),
+            (_consume, (0, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
+                        word_s, item_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER)),
+            (_consume, (1, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
+                        word_s, item_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER)),
+            (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
+                        q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
+                        blocks, items, heads, mask_batch, mask_heads,
+                        KV_SHARE, BLOCK_N, STAGES, INTERVALS)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, 24],

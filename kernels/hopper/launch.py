@@ -36,34 +36,32 @@ schedule = tile_runs
 class Config(NamedTuple):
     block_n: int
     stages: int
-    ping_pong: bool = False
     q_in_registers: bool = False
+    out_buffer: bool = True
+    """The output leaves by a buffer of its own, so that the next Q can come meanwhile."""
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper.py times the alternatives.
 FORWARD = {
     64: Config(128, 2, q_in_registers=True),
-    128: Config(128, 2, ping_pong=True, q_in_registers=True),
-    256: Config(64, 2, ping_pong=True),
+    128: Config(128, 2, q_in_registers=True),
+    256: Config(64, 2, out_buffer=False),
 }
 
 
 class BackwardConfig(NamedTuple):
     block_m: int
     stages: int
-    fused_ahead: bool = False
-    split_ahead: bool = False
+    ahead: bool = False
+    """Of the deterministic form: S of the next tile is computed before dK and dV of this one are done."""
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper_backward.py times the alternatives.
-BACKWARD = {64: BackwardConfig(128, 2), 128: BackwardConfig(64, 2, split_ahead=True)}
+BACKWARD = {64: BackwardConfig(128, 2), 128: BackwardConfig(64, 2, ahead=True)}
 # The columns of a backward CTA.
 BLOCK_N = 128
-# Query heads a key/value head up to which dQ is summed by the kernel that computes dK and dV. At 8 a pass of its own
-# was measured to be faster; why, and what lies between, is not established (benchmarks/notes/hopper.md).
-FUSED_UP_TO = 1
 
 
 def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str | None:
@@ -96,11 +94,19 @@ def schedules_needed(
     if d not in BACKWARD:
         return portable.schedules_needed(q, v, intervals, backward=True, deterministic=deterministic)
     by_column = (BACKWARD[d].block_m, BLOCK_N, False)
-    return [by_column] if _fused(q, v, deterministic) else [by_column, by_row]
+    # With grouped heads it depends on the mask's heads, and the forward has made this one.
+    return [by_column, by_row] if deterministic or q.shape[2] > v.shape[2] else [by_column]
 
 
-def _fused(q: Tensor, v: Tensor, deterministic: bool) -> bool:
-    return not deterministic and q.shape[2] <= FUSED_UP_TO * v.shape[2]
+def _fused(h: int, h_kv: int, mask_heads: int, deterministic: bool) -> bool:
+    """Whether dQ is summed by the kernel that computes dK and dV: if all query heads of a group walk one list."""
+    return not deterministic and (h == h_kv or mask_heads <= h_kv)
+
+
+def _grid(items: int, device: torch.device) -> tuple[tuple[int], Tensor]:
+    """A CTA a processor at most, and the counter by which they take the items that remain."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return (min(items, processors),), torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def forward(
@@ -123,7 +129,9 @@ def forward(
     config = FORWARD[d]
     runs = tile_runs(mask, BLOCK_M, config.block_n, by_row=True)
     with torch.cuda.device_of(q):
-        forward_kernel[(runs.order.shape[1], h, b)](
+        blocks = runs.order.shape[1]
+        grid, counter = _grid(blocks * h * b, q.device)
+        forward_kernel[grid](
             _describe(q, 64),
             _describe(k, config.block_n),
             _describe(v, config.block_n),
@@ -136,9 +144,12 @@ def forward(
             runs.first,
             runs.tiles,
             runs.order,
+            counter,
             *out.stride()[:3],
             n_q,
             n_k,
+            blocks,
+            blocks * h * b,
             h,
             mask.batch,
             mask.heads,
@@ -151,8 +162,8 @@ def forward(
             INTERVALS=mask.num_intervals,
             CAUSAL=mask.causal,
             TMA_STORE=out_dtype == q.dtype,
-            PING_PONG=config.ping_pong,
             Q_IN_REGISTERS=config.q_in_registers,
+            OUT_BUFFER=config.out_buffer,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )
@@ -178,8 +189,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fm_longctx.attention.passes.attention_backward`.
 
-    Without grouped heads dQ is summed in float32 by whichever column-block comes first; with them, or `deterministic`,
-    a pass of its own computes it.
+    dQ is summed in float32 by whichever column-block comes first; if `deterministic`, or if grouped query heads have
+    masks of their own, a pass of its own computes it.
     """
     assert softcap is None  # or `refusal` would have spoken
     (b, n_q, h, d), (_, n_k, h_kv, _) = q.shape, k.shape
@@ -193,10 +204,12 @@ def backward(
     runs = tile_runs(mask, config.block_m, BLOCK_N, by_row=False)
     tma_store = grad_dtype == q.dtype
     # Zeros: the kernel adds to it. In the layout of dq, so that TMA clips the rows past the end and they coincide.
-    fused = _fused(q, v, deterministic)
+    fused = _fused(h, h_kv, mask.heads, deterministic)
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
     with torch.cuda.device_of(q):
-        backward_kernel[(runs.order.shape[1], h_kv, b)](
+        blocks = runs.order.shape[1]
+        grid, counter = _grid(blocks * h_kv * b, q.device)
+        backward_kernel[grid](
             _describe(q, config.block_m),
             _describe(k, 64),
             _describe(v, 64),
@@ -212,11 +225,15 @@ def backward(
             mask.ends,
             runs.runs,
             runs.first,
+            runs.run_count,
             runs.tiles,
             runs.order,
+            counter,
             *dk.stride()[:3],
             n_q,
             n_k,
+            blocks,
+            blocks * h_kv * b,
             h,
             mask.batch,
             mask.heads,
@@ -229,7 +246,8 @@ def backward(
             CAUSAL=mask.causal,
             TMA_STORE=tma_store,
             DQ=fused,
-            AHEAD=config.fused_ahead if fused else config.split_ahead,
+            ONE_LIST=mask.heads <= h_kv,
+            AHEAD=config.ahead and not fused,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )

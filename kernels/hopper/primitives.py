@@ -115,6 +115,52 @@ def next_tile(run, tile, end, partial, word, word_end):
     return run, tile, gl.where(more, end, word_end), partial
 
 
+@gluon.jit
+def open_end(p_first, p_count, p_runs, at):
+    """As `open_list`, but from the end: the last run, its last tile, its first tile and flag."""
+    run = gl.maximum(gl.load(p_first + at) + gl.load(p_count + at) - 1, 0)
+    word = gl.load(p_runs + 2 * run)
+    return run, gl.load(p_runs + 2 * run + 1) - 1, word >> 1, word & 1
+
+
+@gluon.jit
+def peek_back(p_runs, run):
+    """The run before this one, in flight."""
+    before = gl.maximum(run - 1, 0)
+    return gl.load(p_runs + 2 * before), gl.load(p_runs + 2 * before + 1)
+
+
+@gluon.jit
+def tile_before(run, tile, begin, partial, word, word_end):
+    """One tile back; word and word_end: what `peek_back` read."""
+    more = tile > begin
+    run = gl.where(more, run, run - 1)
+    tile = gl.where(more, tile - 1, word_end - 1)
+    partial = gl.where(more, partial, word & 1)
+    return run, tile, gl.where(more, begin, word >> 1), partial
+
+
+@gluon.jit
+def take(p_counter):
+    """The next item of a persistent kernel, of which every CTA has taken its program id first."""
+    return gl.num_programs(0) + gl.atomic_add(p_counter, 1)
+
+
+@gluon.jit
+def write_word(slot, value):
+    """From a producer warp to a slot `[1]` in shared memory.
+
+    Its first thread writes, and arrives at the barrier after: whoever waits for that barrier sees the word.
+    """
+    slot.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def read_word(slot):
+    """The word in a slot `[1]`, as a scalar."""
+    return gl.max(slot.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
 @builtin
 def tma_reduce_add(desc, coord, src, _semantic=None):
     """Add a tile in shared memory to global memory, as `tma.async_copy_shared_to_global` would store it.

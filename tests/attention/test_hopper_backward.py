@@ -28,13 +28,6 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 from fm_longctx.kernels.hopper import launch
 
-
-@pytest.fixture(autouse=True)
-def fused_at_any_number_of_grouped_heads(monkeypatch):
-    """Both forms are tested with grouped heads, whichever is the faster."""
-    monkeypatch.setattr(launch, "FUSED_UP_TO", 1 << 30)
-
-
 FORMS = pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
 
 

@@ -105,9 +105,8 @@ def hopper_forward(d: int, intervals: int, causal: int) -> dict[str, Any]:
         "bounds_desc": descriptor("i32", rows, config.block_n),
     }
     constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, D_V=d, STAGES=config.stages, INTERVALS=intervals)
-    constants |= dict(
-        CAUSAL=bool(causal), TMA_STORE=True, PING_PONG=config.ping_pong, Q_IN_REGISTERS=config.q_in_registers
-    )
+    constants |= dict(CAUSAL=bool(causal), TMA_STORE=True)
+    constants |= dict(Q_IN_REGISTERS=config.q_in_registers, OUT_BUFFER=config.out_buffer)
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_forward_kernels.forward_kernel, types, constants, 90, dict(num_warps=4))
 
@@ -131,7 +130,8 @@ def hopper_backward(d: int, intervals: int, causal: int, dq: int, tma_store: int
         CAUSAL=bool(causal),
         TMA_STORE=bool(tma_store),
         DQ=bool(dq),
-        AHEAD=config.fused_ahead if dq else config.split_ahead,
+        ONE_LIST=True,
+        AHEAD=config.ahead and not dq,
     )
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_backward_kernels.backward_kernel, types, constants, 90, dict(num_warps=4))
@@ -215,7 +215,7 @@ def order_of(cubin: bytes) -> list[str]:
 def _type(name: str) -> str:
     if name in ("p_lse", "p_delta", "p_stats"):
         return "*fp32"
-    if name in ("p_starts", "p_ends", "p_bounds", "p_runs", "p_first", "p_tiles", "p_count", "p_order"):
+    if name in ("p_starts", "p_ends", "p_bounds", "p_runs", "p_first", "p_tiles", "p_count", "p_order", "p_counter"):
         return "*i32"
     if name.startswith("p_"):
         return "*bf16"
