@@ -41,6 +41,7 @@ SLEEP = """{
 }"""
 # Few, since each is compiled for itself where a number of blocks is 1 or a multiple of 16.
 SIZES = (77, 333, 511, 777, 1025, 1499)
+LATE = {"forward_kernel": forward, "backward_kernel": backward, "query_gradient_kernel": query_gradient}
 
 
 def delayed_barriers() -> types.ModuleType:
@@ -65,17 +66,21 @@ def delayed_barriers() -> types.ModuleType:
 def use_late_kernels() -> None:
     """Have the launches take kernels of the same source whose barriers are late."""
     barriers = delayed_barriers()
-    for module, name in (
-        (forward, "forward_kernel"),
-        (backward, "backward_kernel"),
-        (query_gradient, "query_gradient_kernel"),
-    ):
+    for name, module in LATE.items():
         spec = importlib.util.spec_from_file_location(f"late_{name}", module.__file__)
         assert spec is not None and spec.loader is not None
         copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
         vars(copy)["mbarrier"] = barriers
         setattr(launch, name, getattr(copy, name))
+
+
+def assert_late() -> None:
+    """That what ran is what was to run: every kernel that the launches have compiled sleeps."""
+    for name in LATE:
+        kernels = [kernel for caches in getattr(launch, name).device_caches.values() for kernel in caches[0].values()]
+        assert kernels, f"{name} did not run"
+        assert all("nanosleep.u32 time" in kernel.asm["ptx"] for kernel in kernels), f"{name} does not sleep"
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: FlashMask) -> dict[str, Tensor]:
@@ -126,6 +131,8 @@ def repeat(options: argparse.Namespace, late_cache: str) -> None:
             rounds += 1
         # The first turn compiles.
         started = started or time.monotonic()
+    if not options.quiet:
+        assert_late()
     print(f"D {options.head_dim}, K {options.intervals}, causal {options.causal}: {rounds} rounds, the same bits")
 
 
