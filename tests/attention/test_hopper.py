@@ -56,6 +56,20 @@ def test_masks_by_sample_and_head(mask_heads):
     check(attend_under(mask), q, k, v, visible.to(DEVICE), 1 / math.sqrt(64))
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_samples_of_a_batch_are_what_they_are_alone(d):
+    """Of the batch every CTA takes several items, of a sample none more than one."""
+    n, heads = 700, 16
+    masks = [builders.causal_document([100 * b + 50, 650 - 100 * b]).to(DEVICE) for b in range(5)]
+    q, k, v = random_inputs(batch=5, rows=n, heads=heads, kv_heads=4, d=d, dtype=torch.bfloat16)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    assert heads * -(-n // 128) <= processors < 5 * heads * (n // 128)
+    out, lse = attend_under(FlashMask.stack(masks))(q, k, v)
+    for b, mask in enumerate(masks):
+        alone, alone_lse = attend_under(mask)(q[b : b + 1], k[b : b + 1], v[b : b + 1])
+        assert torch.equal(out[b : b + 1], alone) and torch.equal(lse[b : b + 1], alone_lse)
+
+
 def test_rows_that_see_nothing():
     n = 500
     visible = torch.ones(n, n, dtype=torch.bool).tril()

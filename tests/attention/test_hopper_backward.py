@@ -116,6 +116,37 @@ def test_masks_by_sample_and_head(mask_heads, d, deterministic):
 
 @FORMS
 @pytest.mark.parametrize("d", [64, 128])
+def test_samples_of_a_batch_are_what_they_are_alone(d, deterministic):
+    """Of the batch every CTA takes several items, of a sample none more than one."""
+    n, kv_heads = 700, 8
+    masks = [builders.causal_document([100 * b + 50, 650 - 100 * b]).to(DEVICE) for b in range(6)]
+    q, k, v = random_inputs(batch=6, rows=n, heads=16, kv_heads=kv_heads, d=d, dtype=torch.bfloat16)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    assert kv_heads * -(-n // 128) <= processors < 6 * kv_heads * (n // 128)
+    together = run(q, k, v, dout, None, FlashMask.stack(masks), 0.1, deterministic=deterministic)
+    for b, mask in enumerate(masks):
+        sample = slice(b, b + 1)
+        alone = run(q[sample], k[sample], v[sample], dout[sample], None, mask, 0.1, deterministic=deterministic)
+        assert torch.equal(together.dk[sample], alone.dk) and torch.equal(together.dv[sample], alone.dv)
+        if deterministic:
+            assert torch.equal(together.dq[sample], alone.dq)
+
+
+def test_grouped_heads_with_masks_of_their_own_take_the_repeatable_form():
+    n = 300
+    visible = torch.ones(1, 4, n, n, dtype=torch.bool)
+    for h in range(4):
+        visible[:, h, 50 * h : 50 * h + 60, 20:] = False
+    q, k, v = random_inputs(rows=n, heads=4, kv_heads=2, d=64, dtype=torch.bfloat16)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
+    mask = FlashMask.from_dense(visible).to(DEVICE)
+    either, repeatable = (run(q, k, v, dout, None, mask, 0.1, deterministic=x) for x in (False, True))
+    assert torch.equal(either.dq, repeatable.dq) and torch.equal(either.dk, repeatable.dk)
+
+
+@FORMS
+@pytest.mark.parametrize("d", [64, 128])
 def test_rows_that_see_nothing_and_columns_that_nobody_sees(d, deterministic):
     n = 700
     visible = torch.ones(n, n, dtype=torch.bool).tril()
