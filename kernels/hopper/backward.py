@@ -2,8 +2,8 @@
 
 An item is 128 columns of one key/value head. A CTA takes one after the other: dK and dV stay in registers and have one
 writer, while the producer streams Q and dO of the row-blocks that see them, and already those of the next item. It
-walks a list from its end, and at each row-block through all query heads of the group: the columns of a document then
-meet at the same rows, whose dQ stays in the L2 cache. Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T:
+walks a list from its end, and through the query heads of a group in the order that keeps dQ in the L2 cache (see
+`_heads_together`). Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T:
 P^T and dS^T are then laid out as the register operands of dV += P^T dO and dK += dS^T Q. For dQ = dS K the two
 warpgroups exchange dS through shared memory, each computes a half of the tile's dQ over all 128 columns, and TMA adds
 it to a float32 sum in global memory, whose order varies between runs. With DQ = False that part is left out, and what
@@ -75,6 +75,25 @@ def _fetch(
 
 
 @gluon.jit
+def _heads_together(p_tiles, p_order, first, blocks, KV_SHARE: gl.constexpr, ONE_LIST: gl.constexpr):
+    """How many query heads of a group are walked at each row-block; the others follow when the list is through.
+
+    Lists of all lengths (documents, causal) would run apart from head to head: all at each row-block keeps those that
+    began together at the same rows, and what they add to in the L2 cache. Lists of about one length (windows) each have
+    rows of their own and keep step anyway: one head after the other then has the fewest rows in use.
+    """
+    together = KV_SHARE
+    if KV_SHARE > 1:
+        if ONE_LIST:
+            longest = gl.load(p_tiles + first + gl.load(p_order + first))
+            middle = gl.load(p_tiles + first + gl.load(p_order + first + blocks // 2))
+            together = gl.where(4 * middle < 3 * longest, KV_SHARE, 1)
+        else:
+            together = 1
+    return together
+
+
+@gluon.jit
 def _produce(
     q_desc,
     k_desc,
@@ -134,15 +153,14 @@ def _produce(
             tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], kv_full, k_s.index(w))
             tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], kv_full, v_s.index(w))
         turn = turn ^ 1
-        OUTER: gl.constexpr = 1 if ONE_LIST else KV_SHARE
-        INNER: gl.constexpr = KV_SHARE if ONE_LIST else 1
-        for outer in range(OUTER):
-            h0 = h_kv * KV_SHARE + outer
+        together = _heads_together(p_tiles, p_order, group * blocks, blocks, KV_SHARE, ONE_LIST)
+        for outer in range(KV_SHARE // together):
+            h0 = h_kv * KV_SHARE + outer * together
             group = (b % mask_batch) * mask_heads + h0 // (heads // mask_heads)
             at = group * blocks + block
             run, tile, begin, partial = open_end(p_first, p_count, p_runs, at)
             for _ in range(gl.load(p_tiles + at)):
-                for inner in range(INNER):
+                for inner in range(together):
                     # fmt: off
                     stage, phase = _fetch(tile, partial, h0 + inner, group, stage, phase, q_desc, dout_desc, stats_desc,
                                           q_s, dout_s, stats_s, word_s, full, empty, b, heads, row_blocks,
