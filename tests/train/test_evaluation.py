@@ -67,7 +67,7 @@ def plain_losses(folder, path):
     sums = torch.zeros(2, 8, dtype=torch.float64)
     loader = make_loader(
         config_of(folder, **{"data.source": "files", "data.path": str(path)}),
-        type("OneRank", (), {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1}),
+        type("OneRank", (), {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1, "device": torch.device("cpu")}),
     )
     with torch.no_grad():
         for _ in range(config.eval.steps):
