@@ -40,7 +40,10 @@ def dense_reference(folder):
     plain = AutoModelForCausalLM.from_config(ours.causal_lm.config, attn_implementation="sdpa")
     plain.load_state_dict(ours.causal_lm.state_dict())
     optimizer = make_optimizer(plain.parameters(), config.optimizer, torch.device("cpu"))
-    loader = make_loader(config, type("OneRank", (), {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1}))
+    loader = make_loader(
+        config,
+        type("OneRank", (), {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1, "device": torch.device("cpu")}),
+    )
     losses = []
     for step in range(config.train.steps):
         batch = next(loader)
