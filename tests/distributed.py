@@ -21,12 +21,14 @@ Each pytest process has a pool and a store of its own, at a port that the system
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -118,6 +120,9 @@ class _Pool:
     def close(self) -> None:
         for process, connection in self.workers:
             connection.close()
+            # And what it started: Megatron writes checkpoints from processes that would outlive it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process, _ in self.workers:
             process.join()
@@ -129,6 +134,7 @@ _pool = _Pool()
 
 def _work(rank: int, connection: Connection) -> None:
     """A worker's life: tasks in, (succeeded, result or traceback) out, until the pool closes the pipe."""
+    os.setpgrp()
     if os.path.exists("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch

@@ -1,7 +1,9 @@
 """The pool of test processes: results, failures, hangs, and that it survives them."""
 
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,18 @@ def process_id():
     return os.getpid()
 
 
+def start_a_process():
+    return subprocess.Popen(["sleep", "300"]).pid
+
+
+def runs(pid):
+    """Whether the process is there, and not only waited for by nobody."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def sum_in_mesh():
     mesh = dist.init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "cp"))
     total = torch.tensor(dist.get_rank())
@@ -60,6 +74,12 @@ def test_processes_are_kept_between_calls_and_groups_are_not():
 )
 def test_a_bad_rank_is_reported_and_the_pool_recovers(fn, args, words, monkeypatch):
     monkeypatch.setattr("tests.distributed.GRACE_SECONDS", 0.5)
+    started = run_ranks(2, start_a_process)
+    assert all(runs(pid) for pid in started)
     with pytest.raises(RankError, match=words):
         run_ranks(2, fn, *args, timeout=2.0 if fn is hang_on else 20.0)
     assert run_ranks(2, sum_over_ranks, 0)[1] == (2, 1, "1")
+    deadline = time.monotonic() + 10
+    while any(runs(pid) for pid in started):
+        assert time.monotonic() < deadline, "what the ranks had started outlives them"
+        time.sleep(0.05)
