@@ -7,6 +7,7 @@ One that dies, breaks its CUDA context or gives no answer is a row of the compet
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import time
@@ -201,6 +202,10 @@ def _work(connection: Connection, settings: Settings, device: str, timing: Timin
             timer = timer or Timer(device, **dataclasses.asdict(timing))
             for row in measure(*task, settings, device, timer):
                 connection.send(("row", row))
+            # The other processes need the memory.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             connection.send(("done", None))
         except ContextLost as lost:
             connection.send(("lost", str(lost)))
