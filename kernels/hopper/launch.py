@@ -332,7 +332,8 @@ def _describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescrip
     """
     aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     if x.stride(3) != 1 or not aligned or x.data_ptr() % 16:
-        x = x.contiguous()
+        # Not contiguous(): of a contiguous tensor it returns the same, wherever that begins.
+        x = x.clone(memory_format=torch.contiguous_format)
     box = [1, rows, 1, columns or x.shape[3]]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
