@@ -96,6 +96,7 @@ def hide(
     Columns past the end are hidden: by their intervals if there are any, else by whatever test there is.
     """
     LAST: tl.constexpr = 2147483647
+    last = LAST
     if INTERVALS == 0:
         if CAUSAL:
             x = tl.where(o_m >= tl.where(o_n < n_k, o_n - (n_k - n_q), LAST), x, HIDDEN)
@@ -105,8 +106,12 @@ def hide(
         # Of the tiles that intervals touch few meet the diagonal.
         if diagonal:
             x = tl.where(o_m >= o_n - (n_k - n_q), x, HIDDEN)
+    if INTERVALS == 1 and not CAUSAL:
+        # So little that LLVM would do it in every tile and then select. What loads it leaves behind the branch; this
+        # loads the first column's start, which is not negative.
+        last = LAST + tl.minimum(tl.load(p_bounds), 0)
     for i in tl.static_range(INTERVALS):
-        x = tl.where((o_m >= bounds[2 * i]) & (bounds[2 * i + 1] < LAST - o_m), HIDDEN, x)
+        x = tl.where((o_m >= bounds[2 * i]) & (bounds[2 * i + 1] < last - o_m), HIDDEN, x)
     if INTERVALS < 0:
         for i in range(intervals):
             b_start = tl.load(p_bounds + 2 * i * stride_bi + o_n)

@@ -79,9 +79,10 @@ def main() -> None:
         print(json.dumps({"name": name} | report), flush=True)
 
 
-def portable(kind: str, dtype: str, capability: int, d: int, intervals: int) -> dict[str, Any]:
+def portable(kind: str, dtype: str, capability: int, d: int, intervals: int, causal: int = 1) -> dict[str, Any]:
     block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals), kind)
-    constants = dict(KV_SHARE=4, CAUSAL=True, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
+    constants = dict(KV_SHARE=4, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
+    constants |= dict(CAUSAL=bool(causal))
     constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN or block.tma, UPCAST=False, TMA=block.tma)
     options = dict(num_warps=block.warps, num_stages=block.stages)
     names = ("p_q", "q", "p_k", "k", "p_v", "v", "p_out", "p_dout", "dout", "p_dq", "p_dk", "p_dv")
@@ -168,8 +169,8 @@ HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward, 
 def resources(
     kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, int]
 ) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, ptxas's warnings, and, of Gluon's, the order of wgmma waits and
-    exponentials."""
+    """Registers, spilled bytes, shared memory, ptxas's warnings, selects of PTX, and, of Gluon's, the order of wgmma
+    waits and exponentials."""
     signature: dict[str, str] = {}
     divisible = {}
     for index, name in enumerate(kernel.arg_names):
@@ -199,6 +200,7 @@ def resources(
         "spilled": int(spills[1]) + int(spills[2]),
         "shared": compiled.metadata.shared,
         "warnings": [line for line in log.splitlines() if "C75" in line],
+        "selects": compiled.asm["ptx"].count("selp.f32"),
         "order": order_of(compiled.asm["cubin"]) if kernel.is_gluon() else [],
     }
 
