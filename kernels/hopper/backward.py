@@ -139,6 +139,7 @@ def _produce(
         # The first query head's order serves the whole group of heads: it only decides when a block runs.
         group = (b % mask_batch) * mask_heads + h_kv * KV_SHARE // (heads // mask_heads)
         block = gl.load(p_order + group * blocks + item - bh * blocks)
+        together = _heads_together(p_tiles, p_order, group * blocks, blocks, KV_SHARE, ONE_LIST)
         total = 0
         for shared in range(KV_SHARE):
             group = (b % mask_batch) * mask_heads + (h_kv * KV_SHARE + shared) // (heads // mask_heads)
@@ -153,7 +154,6 @@ def _produce(
             tma.async_copy_global_to_shared(k_desc, [b, n0, h_kv, 0], kv_full, k_s.index(w))
             tma.async_copy_global_to_shared(v_desc, [b, n0, h_kv, 0], kv_full, v_s.index(w))
         turn = turn ^ 1
-        together = _heads_together(p_tiles, p_order, group * blocks, blocks, KV_SHARE, ONE_LIST)
         for outer in range(KV_SHARE // together):
             h0 = h_kv * KV_SHARE + outer * together
             group = (b % mask_batch) * mask_heads + h0 // (heads // mask_heads)

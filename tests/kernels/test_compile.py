@@ -48,7 +48,7 @@ SPILLS = {
     "hopper_backward-64-3-0-1-1": 220,
     "hopper_backward-64-3-0-1-0": 248,
     "hopper_backward-64-3-0-0-1": 40,
-    "hopper_backward-128-1-1-1-1": 120,
+    "hopper_backward-128-1-1-1-1": 96,
     "hopper_backward-128-3-0-1-1": 96,
     "hopper_backward-128-3-0-1-0": 156,
     "hopper_backward-128-3-0-0-1": 108,
