@@ -20,7 +20,9 @@ the lightest ones. Compute is without the trade, packed or sent.
 
 Packs are of benchmarks/packs.py, the seed of median causal area among 0-19, since a pack's area varies several times
 over; --seed names another. A check against the op on the whole sequence comes first. Results are added to --out after
-every case, and cases that are in it already, or in --resume, are not run again; no case is begun after --limit seconds.
+every case, and cases that are in it already, or in --resume, are not run again; with --again those of --resume are, and
+take the place of the old ones. Each row keeps the commit that it was measured at. No case is begun after --limit
+seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import json
 import multiprocessing
 import pickle
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
@@ -55,25 +57,33 @@ PUBLISHED = {
     "causal_document": {8: (459, 361), 16: (427, 372), 32: (316, 334), 64: (239, 265)},
     "causal": {8: (645, 530), 64: (594, 529)},
 }
+# What tells a case from another: see `describe`.
+CASE = (
+    *("mask", "ranks", "layout", "seed", "tokens_a_rank", "heads", "head_dim", "dtype", "ranks_sampled"),
+    *("bandwidth", "host_bandwidth", "host_ranks", "latency"),
+)
 
 
 def main() -> None:
     options, begin = parse(), time.monotonic()
     check(options)
     about = environment(options.commit)
-    result: dict[str, Any] = {"about": about, "rows": []}
     path = options.out and options.out / f"{about['date']}-context_parallel.json"
-    for earlier in (options.resume, path):
-        if earlier and earlier.exists():
-            result["rows"] += [row for row in json.loads(earlier.read_text())["rows"] if row not in result["rows"]]
+    taken_over, present = rows_of(options.resume), rows_of(path)
+    rows = taken_over | present
+    # Rows that will be measured again are no measurement of this run's plans.
+    old: set[str] = set()
     cases = []
     for name in options.masks:
         for size in options.sizes:
             seed = typical_seed(options.tokens * size) if options.seed is None else options.seed
             for layout in options.layouts:
                 key = describe(name, size, layout, seed, options)
-                if not any(all(row.get(k) == v for k, v in key.items()) for row in result["rows"]):
-                    cases.append((key, (name, size, layout, seed, options)))
+                case = case_of(key)
+                if case in rows and (case in present or not options.again):
+                    continue
+                old |= {case} & rows.keys()
+                cases.append((key, (name, size, layout, seed, options)))
     for (key, case), prepared in zip(cases, preparations([case for _, case in cases], options), strict=True):
         name, size, layout = case[:3]
         if options.limit and time.monotonic() - begin > options.limit:
@@ -84,16 +94,31 @@ def main() -> None:
             row = key | {"refused": made}
         else:
             same = {k: v for k, v in key.items() if k != "layout"} | {"identity": made.identity}
-            known = (row for row in result["rows"] if all(row.get(k) == v for k, v in same.items()))
-            row = (next(known, None) or replay(made, size, options)) | key
-        result["rows"].append(row)
+            known = (r for c, r in rows.items() if c not in old and all(r.get(k) == v for k, v in same.items()))
+            row = (next(known, None) or replay(made, size, options) | {"commit": about["commit"]}) | key
+        rows[case_of(key)] = row
+        old.discard(case_of(key))
         print(line(row), flush=True)
+        result = {"about": about, "rows": list(rows.values())}
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1))
             path.with_suffix(".md").write_text(markdown(result))
     if not path:
-        print(markdown(result))
+        print(markdown({"about": about, "rows": list(rows.values())}))
+
+
+def rows_of(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run, by their cases; of a file that is not there, none."""
+    if not path or not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    return {case_of(row): {"commit": earlier["about"]["commit"]} | row for row in earlier["rows"]}
+
+
+def case_of(row: dict[str, Any]) -> str:
+    """What was asked for: two rows of one case are one measurement and another in its place."""
+    return json.dumps([row.get(name) for name in CASE])
 
 
 def preparations(
@@ -166,6 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="seconds after which no case is begun")
     parser.add_argument("--workers", type=int, default=0, help="processes that compile and plan ahead (0: when timed)")
     parser.add_argument("--resume", type=Path, help="the .json of an earlier run, whose cases are taken over")
+    parser.add_argument("--again", action="store_true", help="measure cases of --resume anew, in place of the old")
     parser.add_argument("--out", type=Path, help="folder for a dated .json and .md; printed only if not given")
     parser.add_argument("--commit", help="the commit to record where there is no git")
     options = parser.parse_args()
@@ -175,21 +201,10 @@ def parse() -> argparse.Namespace:
 
 def describe(name: str, size: int, layout: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     cost = cost_model(options)
-    return {
-        "mask": name,
-        "ranks": size,
-        "layout": layout,
-        "seed": seed if "document" in name else None,
-        "tokens_a_rank": options.tokens,
-        "heads": list(options.heads),
-        "head_dim": options.head_dim,
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "ranks_sampled": options.ranks_sampled,
-        "bandwidth": cost.bandwidth,
-        "host_bandwidth": cost.host_bandwidth,
-        "host_ranks": cost.host_ranks,
-        "latency": cost.latency,
-    }
+    asked = (name, size, layout, seed if "document" in name else None, options.tokens, list(options.heads))
+    asked += (options.head_dim, str(options.dtype).removeprefix("torch."), options.ranks_sampled)
+    links = (cost.bandwidth, cost.host_bandwidth, cost.host_ranks, cost.latency)
+    return dict(zip(CASE, asked + links, strict=True))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -241,12 +256,15 @@ def line(row: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     about = result["about"]
-    rows = result["rows"]
+    order = list(MASKS), list(LAYOUTS)
+    rows = sorted(result["rows"], key=lambda r: (order[0].index(r["mask"]), r["ranks"], order[1].index(r["layout"])))
+    commits = Counter((row["commit"], row["mask"]) for row in rows if "commit" in row)
     text = [
         f"# Context parallelism, replayed on one device ({about['date']})",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         *(f"- {shape}" for shape in dict.fromkeys(shape_of(row) for row in rows)),
+        *(f"- at commit {commit}: {count} rows of {mask}" for (commit, mask), count in commits.items()),
         "",
         "Compute is measured; the exchange is modelled from exact bytes and the stated links, overlapped as the "
         "executor does. TFLOP/s a GPU, forward / backward, by the slowest of the ranks replayed. Where heads are "

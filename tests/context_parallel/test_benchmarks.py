@@ -57,6 +57,42 @@ def test_replay_counts_resumes_and_tells_measured_from_modelled(monkeypatch, tmp
     assert again[4]["measured_forward_seconds"] == rows[0]["measured_forward_seconds"]
 
 
+def test_rows_measured_again_replace_the_old_ones(monkeypatch, tmp_path, capsys):
+    some = ["--sizes", "2", "--repeats", "1", "--ranks-sampled", "1", "--layouts", "balanced", "zigzag"]
+    old, new = tmp_path / "old", tmp_path / "new"
+    run_replay(monkeypatch, *some, "--masks", "sliding_window", "causal", "--out", str(old))
+    (path,) = old.glob("*.json")
+    earlier = json.loads(path.read_text())
+    earlier["about"]["commit"] = "before"
+    for row in earlier["rows"]:
+        del row["commit"]
+        row["flops_a_rank"] = -1.0
+    path.write_text(json.dumps(earlier))
+
+    again = [*some, "--resume", str(path), "--again", "--out", str(new)]
+    # A case that was not begun keeps its old row.
+    run_replay(monkeypatch, *again, "--masks", "sliding_window", "--limit", "1e-9")
+    assert not list(new.glob("*.json"))
+    capsys.readouterr()
+    run_replay(monkeypatch, *again, "--masks", "sliding_window")
+    (path,) = new.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    found = [(row["mask"], row["layout"], row["flops_a_rank"] > 0, row["commit"]) for row in rows]
+    assert found == [
+        ("sliding_window", "balanced", True, "none"),
+        ("sliding_window", "zigzag", True, "none"),
+        ("causal", "balanced", False, "before"),
+        ("causal", "zigzag", False, "before"),
+    ]
+    text = path.with_suffix(".md").read_text()
+    assert "- at commit none: 2 rows of sliding_window\n- at commit before: 2 rows of causal\n" in text
+    # What this run has measured already is not measured again, nor brought back from the old file.
+    capsys.readouterr()
+    run_replay(monkeypatch, *again, "--masks", "sliding_window", "full")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["full", "full"]
+    assert json.loads(path.read_text())["rows"][:4] == rows
+
+
 def test_replay_shows_no_speed_of_a_wrong_result(monkeypatch, capsys):
     monkeypatch.setattr(replay, "merge_", lambda out, lse, part, part_lse: out.add_(part))
     with pytest.raises(SystemExit, match=r"error: causal, rank .* no speed is shown"):
