@@ -7,7 +7,9 @@
 gloo moves GPU tensors through the host: correctness only, and no times are printed (--time prints them all the same, of
 a transport that is not for speed). NCCL does not let ranks share a GPU. Every case is checked on rank 0 against
 `flashmask_attention` on the whole sequence, output and the gradients of q, k and v; a wrong one shows no speed, and the
-exit code is 1.
+exit code is 1. A case is a mask, a number of ranks that split heads (rings of neighbours, within a host), and the stage
+in which a rank's own keys are attended to; `auto` leaves both to the cost model, told these heads and this host. On a
+GPU each case's part of the plan is copied on a stream of its own while the case before is computed, as a loader does.
 
 Over NCCL each case is timed as well, at --time-tokens a rank and --time-heads: forward and backward, by the slowest
 rank, median of --repeats; the same with its collectives left out, which is what attention alone takes; and its
@@ -29,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +42,8 @@ from benchmarks.environment import environment
 from benchmarks.packs import typical_seed
 from benchmarks.replay import MASKS
 from fm_longctx import ContextParallel, ShardPlan, context_parallel_attention, flashmask_attention
+from fm_longctx.context_parallel.ahead import Ahead
+from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.exchange import start_keys
 from fm_longctx.mask import FlashMask, builders
 
@@ -56,15 +60,24 @@ def main() -> int:
         torch.cuda.set_device(device)
     dist.init_process_group(options.transport, timeout=datetime.timedelta(seconds=options.timeout))
     rows, wrong = [], 0
-    for name in options.masks:
-        for head_parallel in options.head_parallel:
-            if size % head_parallel or options.heads[0] % head_parallel:
-                continue
-            row = run(name, head_parallel, device, options)
-            rows.append(row)
-            wrong += not row["ok"]
-            if rank == 0:
-                print(json.dumps(row), flush=True)
+    asked = layouts(size, options)
+    cases = (Case(n, options.tokens, options.heads, layout, device, options) for n in options.masks for layout in asked)
+    case = next(cases, None)
+    while case is not None:
+        shards = case.backward(*case.forward())
+        # Made, and its copy begun, while the GPU is busy with the present one.
+        following = next(cases, None)
+        row = judge(case, shards, device)
+        del shards
+        if row["ok"] and options.time and options.time_heads[0] % case.plan.head_parallel == 0:
+            timed = Case(case.name, options.time_tokens, options.time_heads, case.layout, device, options)
+            row["timed"] = describe(timed) | timing(timed, device)
+            del timed
+        rows.append(row)
+        wrong += not row["ok"]
+        if rank == 0:
+            print(json.dumps(row), flush=True)
+        case = following
     if rank == 0 and options.out:
         about = environment(options.commit)
         path = options.out / f"{about['date']}-context_parallel_ranks-{options.transport}-{size}.jsonl"
@@ -82,7 +95,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--masks", nargs="+", choices=[*MASKS, "prefix_tree"], default=[*MASKS, "prefix_tree"])
-    parser.add_argument("--head-parallel", type=int, nargs="+", default=[1, 2], help="those that divide the ranks")
+    parser.add_argument(
+        "--head-parallel",
+        type=lambda text: text if text == "auto" else int(text),
+        nargs="+",
+        default=[1, 2, "auto"],
+        help="numbers, of which those that divide the ranks are run, or auto",
+    )
+    parser.add_argument(
+        "--own-stage", type=int, nargs="+", choices=[0, 1], default=[0, 1], help="each, but where `auto` chooses"
+    )
     parser.add_argument("--stages", type=int, help="chosen by the cost model if not given")
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, help="time each case (over NCCL)")
     parser.add_argument("--time-tokens", type=int, default=8192, help="tokens a rank of the timed runs")
@@ -108,17 +130,53 @@ def mask_of(name: str, n: int) -> FlashMask:
     return builders.prefix_tree([-1, 0, 1, 1, 0], [*lengths, n - sum(lengths)])
 
 
+class Layout(NamedTuple):
+    """How a case spreads its sequence; `auto` and None leave it to the cost model."""
+
+    head_parallel: int | Literal["auto"]
+    own_stage: int | None
+
+
+def layouts(size: int, options: argparse.Namespace) -> list[Layout]:
+    """Those asked for that so many ranks and these heads allow."""
+    found: list[Layout] = []
+    for ways in options.head_parallel:
+        if ways == "auto":
+            found.append(Layout("auto", None))
+        elif size % ways == 0 and options.heads[0] % ways == 0:
+            # One ring waits for no keys.
+            found += [Layout(ways, own) for own in (options.own_stage if size > ways else [None])]
+    return found
+
+
 class Case:
-    """A mask on all ranks: its plan and context, and this rank's part of inputs that all ranks make alike."""
+    """A mask on all ranks: its plan, this rank's part of it on its way to the device, and of inputs that all ranks make
+    alike."""
 
     def __init__(
-        self, name: str, tokens: int, heads: list[int], head_parallel: int, device: torch.device, options: Any
+        self, name: str, tokens: int, heads: list[int], layout: Layout, device: torch.device, options: Any
     ) -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
-        self.mask, self.options = mask_of(name, size * tokens), options
-        stages = None if options.stages is None else min(options.stages, size // head_parallel)
-        self.plan = ShardPlan.build(self.mask, size, head_parallel=head_parallel, num_stages=stages)
-        self.context = ContextParallel(dist.group.WORLD, self.plan, self.mask, device=device)
+        self.name, self.heads, self.layout, self.options = name, heads, layout, options
+        self.mask = mask_of(name, size * tokens)
+        rings = 0 if layout.head_parallel == "auto" else size // layout.head_parallel
+        self.plan = ShardPlan.build(
+            self.mask,
+            size,
+            head_parallel=layout.head_parallel,
+            own_stage=layout.own_stage,
+            num_stages=min(options.stages, rings) if options.stages and rings else None,
+            cost=CostModel(
+                heads=heads[0],
+                kv_heads=heads[1],
+                head_dim=options.head_dim,
+                element_bytes=options.dtype.itemsize,
+                host_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
+            ),
+        )
+        part = self.plan.local(rank)
+        self.coming = Ahead(part, device) if device.type == "cuda" else None
+        self.context = None if self.coming else ContextParallel(dist.group.WORLD, part, device=device)
         generator = torch.Generator(device).manual_seed(0)
         self.inputs = tuple(
             torch.randn(1, self.mask.num_rows, h, options.head_dim, generator=generator, device=device).to(
@@ -128,43 +186,48 @@ class Case:
         )
         self.mine = [self.plan.shard(x, rank, 1) for x in self.inputs]
 
+    def opened(self) -> ContextParallel:
+        """The context, made at its first use, of what was copied ahead."""
+        if self.context is None:
+            assert self.coming is not None
+            self.context = ContextParallel(dist.group.WORLD, self.coming.take(), device=self.coming.device)
+        return self.context
+
     def forward(self) -> tuple[Tensor, list[Tensor]]:
         leaves = [x.detach().requires_grad_() for x in self.mine[:3]]
-        return context_parallel_attention(*leaves, self.context, backend=self.options.backend), leaves
+        return context_parallel_attention(*leaves, self.opened(), backend=self.options.backend), leaves
 
     def backward(self, out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         out.backward(self.mine[3])
         return [out.detach(), *(x.grad for x in leaves)]
 
 
-def run(name: str, head_parallel: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one case: its errors over their budgets, and its times if it is right."""
-    case = Case(name, options.tokens, options.heads, head_parallel, device, options)
-    shards = case.backward(*case.forward())
-    row: dict[str, Any] = {
-        "mask": name,
+def judge(case: Case, shards: list[Tensor], device: torch.device) -> dict[str, Any]:
+    """What a case is, and its errors over their budgets."""
+    options = case.options
+    return {
+        "mask": case.name,
         "ranks": case.plan.world_size,
-        "head_parallel": head_parallel,
+        "head_parallel": case.plan.head_parallel,
+        "own_stage": case.plan.own_stage,
+        "chosen": case.layout.head_parallel == "auto",
+        "copied_ahead": case.coming is not None,
         "transport": options.transport,
         "dtype": str(options.dtype).removeprefix("torch."),
         "head_dim": options.head_dim,
-        "checked": describe(case, options.heads),
+        "checked": describe(case),
+        **compare(case.plan, shards, case.inputs, case.mask.to(device), options),
     }
-    row |= compare(case.plan, shards, case.inputs, case.mask.to(device), options)
-    heads = options.time_heads
-    if row["ok"] and options.time and heads[0] % head_parallel == 0:
-        del case, shards
-        case = Case(name, options.time_tokens, heads, head_parallel, device, options)
-        row["timed"] = describe(case, heads) | timing(case, device)
-    return row
 
 
-def describe(case: Case, heads: list[int]) -> dict[str, Any]:
+def describe(case: Case) -> dict[str, Any]:
     plan = case.plan
     return {
         "tokens": plan.num_tokens,
-        "heads": list(heads),
+        "heads": list(case.heads),
+        "head_parallel": plan.head_parallel,
         "stages": plan.num_stages,
+        "own_stage": plan.own_stage,
         "imbalance": plan.imbalance,
         "received": plan.received_fraction,
     }
@@ -267,8 +330,8 @@ def exchange_alone(case: Case, device: torch.device) -> float:
     """Seconds of the forward's all-to-alls, with nothing to hide behind and nothing before them."""
     group = dist.group.WORLD
     assert group is not None
-    k, stages = case.mine[1], case.context.stages
-    heads = max(1, k.shape[2] // case.context.members)
+    k, stages = case.mine[1], case.opened().stages
+    heads = max(1, k.shape[2] // case.opened().members)
     own = k.new_zeros(stages[0].mask.num_rows, 1, heads, 2 * k.shape[3])
 
     def exchange() -> None:
