@@ -106,6 +106,8 @@ def parse() -> argparse.Namespace:
         "--own-stage", type=int, nargs="+", choices=[0, 1], default=[0, 1], help="each, but where `auto` chooses"
     )
     parser.add_argument("--stages", type=int, help="chosen by the cost model if not given")
+    parser.add_argument("--host-ranks", type=int, help="ranks of a host, as the cost model is told; those there are")
+    parser.add_argument("--bandwidth", type=float, default=CostModel().bandwidth, help="bytes/s between such hosts")
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, help="time each case (over NCCL)")
     parser.add_argument("--time-tokens", type=int, default=8192, help="tokens a rank of the timed runs")
     parser.add_argument("--time-heads", type=int, nargs=2, default=[64, 8], help="heads of the timed runs")
@@ -171,7 +173,8 @@ class Case:
                 kv_heads=heads[1],
                 head_dim=options.head_dim,
                 element_bytes=options.dtype.itemsize,
-                host_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
+                bandwidth=options.bandwidth,
+                host_ranks=options.host_ranks or int(os.environ["LOCAL_WORLD_SIZE"]),
             ),
         )
         part = self.plan.local(rank)
