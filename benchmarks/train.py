@@ -8,14 +8,14 @@
 
 Sections (`--cells`):
   speed        an eighth of the 8B (4 layers, vocabulary 16032) and the 1B at 128K, 64K and 32K tokens of packed
-               documents: ours, FlexAttention (compiled), SDPA with a dense mask; all but attention compiled, as much
-               kept as there is room for; all else the same
+               documents: ours, FlexAttention (compiled), SDPA with a dense mask (one step counted); all but attention
+               compiled, as much kept as there is room for; all else the same
   modes        ours, the 8B's eighth at 128K with other checkpoints, with and without compiled layers
   memory       peak memory of each way of keeping activations, beside the estimator's
-  longest      the whole 8B at 128K, 160K and 256K tokens: bfloat16 with stochastic rounding (needs torchao;
+  longest      the whole 8B at 128K, 160K, 192K and 256K tokens: bfloat16 with stochastic rounding (needs torchao;
                `ours_nearest` does without it, for memory and speed alone), activations offloaded
   million      the 1B at 512K and 1M tokens of documents of up to 128K
-  convergence  300 steps of a 160M model on text, ours and the dense mask, from the same start on the same batches
+  convergence  200 steps of a 160M model on text, ours and the dense mask, from the same start on the same batches
 
 Each arm's first loss, gradient norm and gradient norm of the query projections are compared with ours before any speed
 is written: an arm that differs by more than 0.2%, 2% and 5% is reported as wrong. Rows are written as they are measured
@@ -62,28 +62,37 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     records = Records(options.out / f"{options.date or about['date']}-train.jsonl", about)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
-    for section in options.cells:
-        for cell in cells(section, smoke=options.smoke):
-            if options.match and options.match not in cell.key:
-                continue
-            arms = [arm for arm in cell.arms if not options.only or arm in options.only]
-            for arm in records.missing(cell, arms, retry=options.retry):
-                if time.monotonic() > deadline:
-                    print("stopped at --limit; the same command goes on from here", flush=True)
-                    break
-                row = measure(cell, arm, device, records)
-                print(line(records.add(cell, row)), flush=True)
-                if row["status"] == "failed" and "CUDA error" in row["reason"]:
-                    _start_anew(deadline)
+    for cell in chosen(options):
+        arms = [arm for arm in cell.arms if not options.only or arm in options.only]
+        for arm in records.missing(cell, arms, retry=options.retry):
+            if time.monotonic() > deadline:
+                print("stopped at --limit; the same command goes on from here", flush=True)
+                break
+            row = measure(cell, arm, device, records)
+            print(line(records.add(cell, row)), flush=True)
+            if row["status"] == "failed" and "CUDA error" in row["reason"]:
+                _start_anew(deadline)
     print(write_report(records.path.with_suffix(""), records.rows()))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def chosen(options: argparse.Namespace) -> list[TrainCell]:
+    """The cells to run, in order: that of `--match` if it is given, else that of `--cells`."""
+    found = [cell for section in options.cells for cell in cells(section, smoke=options.smoke)]
+    if not options.match:
+        return found
+    wanted = [[cell for cell in found if text in cell.key] for text in options.match]
+    missing = [text for text, some in zip(options.match, wanted, strict=True) if not some]
+    if missing:
+        raise SystemExit(f"--match {missing[0]} is in no key of --cells {' '.join(options.cells)}.")
+    return list(dict.fromkeys(cell for some in wanted for cell in some))
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="sections, in this order")
-    parser.add_argument("--match", help="only cells whose key contains this")
+    parser.add_argument("--match", nargs="+", help="only cells whose key contains one of these, in this order")
     parser.add_argument("--only", nargs="+", help="only these arms: ours, flex, dense, ours_nearest")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no arm is begun")

@@ -16,6 +16,9 @@ from torch import Tensor
 from benchmarks.mask_mods import block_mask, causal_document_mod
 from fm_longctx.mask import FlashMask
 
+# Larger masks are beyond the 32-bit offsets of SDPA's kernels.
+MOST_SCORES = 2**31
+
 MaskMaker = Callable[[Sequence[int], torch.device, torch.dtype], dict[str, Any]]
 
 
@@ -53,12 +56,23 @@ def use(causal_lm: Any, arm: str) -> None:
         causal_lm.set_attn_implementation(name)
 
 
+def _sdpa_in_strips(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, of as many rows at a time as `MOST_SCORES` allows."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows = max(1, MOST_SCORES // attention_mask.shape[-1])
+    parts = zip(query.split(rows, 2), attention_mask.split(rows, 2), strict=True)
+    out = [sdpa_attention_forward(module, q, key, value, mask, **kwargs)[0] for q, mask in parts]
+    return out[0] if len(out) == 1 else torch.cat(out, 1), None
+
+
 def _register(name: str, arm: str) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.flex_attention import flex_attention_forward
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    forward = flex_attention_forward if arm == "flex" else sdpa_attention_forward
+    forward = flex_attention_forward if arm == "flex" else _sdpa_in_strips
 
     def attention(
         module: Any,

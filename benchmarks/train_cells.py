@@ -91,7 +91,7 @@ class TrainCell:
         return Config(
             model=SHAPES[self.shape],
             data=DataConfig(sequence_length=self.n),
-            optimizer=OptimizerConfig(lr=1e-3 if self.section == "convergence" else 1e-4),
+            optimizer=OptimizerConfig(lr=3e-4 if self.section == "convergence" else 1e-4),
             train=TrainConfig(
                 device="cuda" if device == "cuda" else "cpu",
                 precision=self.precision,
@@ -111,7 +111,7 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
         return _smoke(section)
     compared: tuple[Arm, ...] = ("ours", "flex", "dense")
     if section == "speed":
-        # Each keeps what fits into 80 GB; at 65536 a dense mask of 8 GiB too, at 131072 none.
+        # Each keeps what fits into 80 GB, at 65536 with a dense mask of 8 GiB too. At 131072 it would be 32 GiB.
         kept_at: list[tuple[str, int, Literal["none", "selective"], int]] = [
             ("8b_eighth", 131072, "selective", 3),
             ("1b", 131072, "selective", 4),
@@ -129,7 +129,8 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
                 checkpointing=mode,
                 mlp_kept=kept,
                 compile=True,
-                steps=4 if n == 131072 else 2,
+                steps=2,
+                warmup=1,
             )
             for shape, n, mode, kept in kept_at
         ]
@@ -187,7 +188,13 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
         small |= {"mlp_chunk": 8192, "offload": True, "precision": "bfloat16_stochastic"}
         return [
             TrainCell(**small, n=n, checkpointing=mode, compile=True)
-            for n, mode in ((131072, "full"), (131072, "selective"), (163840, "full"), (262144, "full"))
+            for n, mode in (
+                (131072, "full"),
+                (131072, "selective"),
+                (163840, "full"),
+                (196608, "full"),
+                (262144, "full"),
+            )
         ]
     if section == "million":
         return [
@@ -200,13 +207,13 @@ def cells(section: str, *, smoke: bool = False) -> list[TrainCell]:
                 offload=True,
                 mlp_chunk=16384,
                 compile=True,
-                steps=2,
+                steps=1,
                 warmup=1,
             )
-            for n in (524288, 1048576)
+            for n in (1048576, 524288)
         ]
     if section == "convergence":
-        return [TrainCell(section=section, shape="160m", n=8192, arms=("ours", "dense"), steps=300, warmup=0)]
+        return [TrainCell(section=section, shape="160m", n=8192, arms=("ours", "dense"), steps=200, warmup=0)]
     raise ValueError(f"unknown section {section!r}; there are {', '.join(SECTIONS)}.")
 
 

@@ -186,6 +186,7 @@ def _setup(config: Config, ranks: int, sample: Sample, trained: int | None) -> S
     return Setup(
         tokens=-(-config.data.sequence_length // context) * config.data.batch_size,
         ranks=ranks // (config.parallel.replicate * config.parallel.tensor),
+        replicas=config.parallel.replicate,
         tensor=config.parallel.tensor,
         precision=train.precision,
         checkpointing=train.activation_checkpointing,

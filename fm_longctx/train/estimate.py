@@ -104,6 +104,8 @@ class Setup:
     """Tensor ranks; the shape is then one's part, `Shape.over`."""
     trained: int | None = None
     """Weights that train beside frozen ones, adapters and the like, of the whole model; None: all."""
+    replicas: int = 1
+    """Groups of such ranks, of HSDP."""
     reference: Literal["none", "copy", "same"] = "none"
     """What reads every batch once more without training, as DPO compares with: a frozen copy of the model, or the same
     one without its adapters."""
@@ -112,6 +114,11 @@ class Setup:
     def element(self) -> int:
         """e: bytes of an activation, and of a weight while it computes."""
         return 4 if self.precision == "float32" else 2
+
+    @property
+    def whole(self) -> bool:
+        """Weights are kept as they compute, and no other rank has a part of them: nothing is gathered or reduced."""
+        return self.precision == "bfloat16_stochastic" and self.ranks * self.replicas * self.tensor == 1
 
     @property
     def master(self) -> int:

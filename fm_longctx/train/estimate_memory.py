@@ -168,7 +168,9 @@ def memory(shape: Shape, setup: Setup) -> Memory:
     reference = -(-shape.parameters * e // ranks) if setup.reference == "copy" else 0
     per_layer = shape.layer_parameters if setup.trained is None else setup.trained // setup.tensor // layers
     outside = shape.root_parameters if setup.trained is None else 0
-    gathered_root, gathered_layer = e * shape.root_parameters, e * shape.layer_parameters
+    gathered_root = 0 if setup.whole else e * shape.root_parameters
+    gathered_layer = 0 if setup.whole else e * shape.layer_parameters
+    reduced_root = 0 if setup.whole else (e + 4) * outside
     head = e * shape.vocabulary * shape.hidden if shape.head and setup.trained is None else 0
     kept, received = layer_kept(shape, setup), received_keys(shape, setup)
     if setup.checkpointing == "full":
@@ -190,7 +192,7 @@ def memory(shape: Shape, setup: Setup) -> Memory:
         ahead = min(1, layer)  # The layer before is gathered while this one computes.
         after = layers - 1 - layer
         # Those of the layer after it travel while this one's are made.
-        reducing = 4 * per_layer if after else 0
+        reducing = 4 * per_layer if after and not setup.whole else 0
         shards = before or after * per_layer * setup.master // ranks
         inside = within_layer(shape, setup, mlp_kept=layer >= layers - setup.mlp_kept)
         whole = gathered_root + (1 + ahead) * gathered_layer
@@ -201,7 +203,7 @@ def memory(shape: Shape, setup: Setup) -> Memory:
         "the loss": gathered_root + kept_up_to(layers - 1) + loss + before,
         "the last layer's backward": backward(layers - 1),
         "the first layer's backward": backward(0),
-        "the reduction of the embedding's gradient": gathered_root + (e + 4) * outside + gradients,
+        "the reduction of the embedding's gradient": gathered_root + reduced_root + gradients,
         "the optimizer's step": gradients,
     }
     for layer in range(1, layers - 1):
@@ -214,7 +216,7 @@ def memory(shape: Shape, setup: Setup) -> Memory:
         gradients=gradients,
         optimizer=2 * gradients,
         gathered=gathered_root + 2 * gathered_layer,
-        unreduced=(e + 4) * per_layer + head,
+        unreduced=0 if setup.whole else (e + 4) * per_layer + head,
         activations=everything - inner * received,
         received=inner * received,
         within_layer=within_layer(shape, setup, mlp_kept=setup.mlp_kept == layers),

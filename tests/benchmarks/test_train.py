@@ -1,8 +1,10 @@
 """The training benchmark on a CPU: rows, refusals, wrong arms, going on, the report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -25,8 +27,10 @@ def test_smoke_writes_rows_as_they_come_and_goes_on(tmp_path, capsys, monkeypatc
     rows = rows_of(tmp_path)
     ours, dense = rows["speed", "ours"], rows["speed", "dense"]
     assert ours["status"] == dense["status"] == "ok"
-    assert ours["losses"] == pytest.approx(dense["losses"], rel=1e-3)
-    assert ours["grad_norms"] == pytest.approx(dense["grad_norms"], rel=1e-3)
+    # One step after the warm-up, and two of ours.
+    assert (len(dense["losses"]), len(ours["losses"])) == (2, 3)
+    for name in ("losses", "grad_norms"):
+        assert ours[name][:2] == pytest.approx(dense[name], rel=1e-3)
     assert rows["speed", "flex"]["status"] == "refused"
     text = next(tmp_path.glob("*-train.md")).read_text()
     assert "FlexAttention has no backward on a CPU" in text and "Largest difference of a step's loss" in text
@@ -67,6 +71,34 @@ def test_the_cells_have_names_of_their_own_and_valid_configs():
         for cell in cells(section):
             assert cell.config("cuda").train.activation_checkpointing == cell.checkpointing
     assert SHAPES["8b"].num_hidden_layers == 8 * SHAPES["8b_eighth"].num_hidden_layers
+
+
+def test_match_chooses_and_orders(capsys):
+    def keys(*arguments):
+        return [cell.key for cell in train.chosen(train.parse([*arguments]))]
+
+    everything = keys()
+    found = keys("--match", "n1048576", "speed/1b", "1b/n131072/selective/compile/kept4")
+    assert [key.split("/")[:3] for key in found] == [
+        ["million", "1b", "n1048576"],
+        ["speed", "1b", "n131072"],
+        ["speed", "1b", "n32768"],
+        ["speed", "1b", "n65536"],
+    ]
+    assert set(found) < set(everything)
+    with pytest.raises(SystemExit, match="--match n7 is in no key of --cells speed"):
+        keys("--cells", "speed", "--match", "n32768", "n7")
+
+
+def test_a_large_dense_mask_is_attended_in_strips_of_rows(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    mask = train_run.train_arms.dense([3, 4], torch.device("cpu"), torch.float32)["attention_mask"]
+    module = SimpleNamespace(num_key_value_groups=2, training=False, is_causal=True)
+    whole, _ = train_run.train_arms._sdpa_in_strips(module, q, k, v, mask)
+    monkeypatch.setattr(train_run.train_arms, "MOST_SCORES", 14)
+    strips, _ = train_run.train_arms._sdpa_in_strips(module, q, k, v, mask)
+    torch.testing.assert_close(strips, whole)
 
 
 def test_packs_fill_the_sequence_and_are_the_same_for_every_arm():

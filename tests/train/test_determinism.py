@@ -32,21 +32,21 @@ def train_and_watch(folder):
     return told, torch.are_deterministic_algorithms_enabled()
 
 
-def dense_reference(folder):
+def dense_reference(folder, changes, device):
     """The losses of one process, transformers' own attention, a dense mask from each document's bounds."""
-    config = config_of(folder, **CHANGES)
-    ours = build(config.model, max_length=128)
-    materialize(ours, config.model, device=torch.device("cpu"), seed=config.train.seed)
+    config, device = config_of(folder, **changes), torch.device(device)
+    ours = build(config.model, max_length=config.data.sequence_length)
+    materialize(ours, config.model, device=device, seed=config.train.seed)
     plain = AutoModelForCausalLM.from_config(ours.causal_lm.config, attn_implementation="sdpa")
-    plain.load_state_dict(ours.causal_lm.state_dict())
-    optimizer = make_optimizer(plain.parameters(), config.optimizer, torch.device("cpu"))
+    plain.to(device).load_state_dict(ours.causal_lm.state_dict())
+    optimizer = make_optimizer(plain.parameters(), config.optimizer, device)
     loader = make_loader(
         config,
-        type("OneRank", (), {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1, "device": torch.device("cpu")}),
+        type("OneRank", (), {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1, "device": device}),
     )
     losses = []
     for step in range(config.train.steps):
-        batch = next(loader)
+        batch = next(loader).to(device)
         document = (batch.positions[0] == 0).cumsum(0)
         visible = (document[:, None] == document[None, :]).tril()
         logits = plain(
@@ -71,6 +71,33 @@ def test_bit_for_bit_and_as_with_a_dense_mask(tmp_path):
     one, other = lines_of(tmp_path / "first"), lines_of(tmp_path / "second")
     for name in ("loss", "grad_norm"):
         assert [s[name] for s in one] == [s[name] for s in other], name
-    want = dense_reference(tmp_path / "first")
+    want = dense_reference(tmp_path / "first", CHANGES, "cpu")
     assert want[-1] < want[0] - 0.5
     assert [s["loss"] for s in one] == pytest.approx(want, rel=2e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bit_for_bit_and_as_with_a_dense_mask_on_a_gpu(tmp_path):
+    changes = CHANGES | {
+        "model.hidden_size": 256,
+        "model.intermediate_size": 512,
+        "model.num_attention_heads": 4,
+        "model.num_key_value_heads": 2,
+        "model.head_dim": 64,
+        "data.sequence_length": 2048,
+        "data.max_bytes": 1500,
+        "parallel.context": 1,
+        "parallel.chunk_size": None,
+        "optimizer.lr": 1e-3,
+        "train.device": "cuda",
+    }
+    for name in ("first", "second"):
+        train_here(tmp_path / name, **changes)
+    one, other = lines_of(tmp_path / "first"), lines_of(tmp_path / "second")
+    for name in ("loss", "grad_norm"):
+        assert [s[name] for s in one] == [s[name] for s in other], name
+    want = dense_reference(tmp_path / "first", changes, "cuda")
+    assert want[-1] < want[0] - 0.5
+    found = [s["loss"] for s in one]
+    print("largest difference to a dense mask", max(abs(a / b - 1) for a, b in zip(found, want, strict=True)))
+    assert found == pytest.approx(want, rel=2e-5)

@@ -56,11 +56,15 @@ class FsdpEngine(Engine):
         if config.parallel.tensor > 1:
             refuse_other_tasks(self.task, f"parallel.tensor={config.parallel.tensor}", "parallel.tensor to 1")
             split(model, mesh["tensor"])
-        shard(model, config, _parameter_axes(mesh))
+        stochastic = config.train.precision == "bfloat16_stochastic"
+        if stochastic and world.size == 1:
+            # One rank keeps its weights as they compute: FSDP would hold a second copy of those that it gathers.
+            prepare_layers(model, config.train)
+        else:
+            shard(model, config, _parameter_axes(mesh))
         # A checkpoint's weights need no other start, but the buffers and the storage do.
         materialize(model, config.model, device=world.device, seed=config.train.seed)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        stochastic = config.train.precision == "bfloat16_stochastic"
         self.optimizer = make_optimizer(model.parameters(), config.optimizer, world.device, stochastic=stochastic)
 
     def gradients(self, batches: Sequence[Batch]) -> StepResult:
