@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -85,7 +87,12 @@ def library(engine):
     from tests.integrations.deepspeed_world import deepspeed_world
     from tests.integrations.megatron.cpu import megatron_on_cpu
 
-    with {"fsdp": contextlib.nullcontext, "deepspeed": deepspeed_world, "megatron": megatron_on_cpu}[engine]():
+    with (
+        {"fsdp": contextlib.nullcontext, "deepspeed": deepspeed_world, "megatron": megatron_on_cpu}[engine](),
+        mock.patch.dict(os.environ),
+    ):
+        # As in a job of one rank without torchrun; DeepSpeed asks for it.
+        os.environ.pop("LOCAL_RANK")
         yield
 
 

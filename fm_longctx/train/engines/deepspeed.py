@@ -40,8 +40,8 @@ class DeepSpeedEngine(Engine):
         self.world, self.task = world, task or NextToken()
         refuse_other_tasks(self.task, "parallel.engine: deepspeed", "parallel.engine to fsdp")
         plug._library()  # says what to do if it is missing
-        # It asks the environment, where torchrun tells; without torchrun there is one rank.
-        os.environ.setdefault("LOCAL_RANK", "0")
+        # It asks the environment, where only torchrun tells.
+        os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
         self.stage = config.parallel.zero_stage or 3
         self.accumulation = config.train.gradient_accumulation
         dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
