@@ -8,8 +8,8 @@
 
 Sections (`--cells`):
   speed        an eighth of the 8B (4 layers, vocabulary 16032) and the 1B at 128K, 64K and 32K tokens of packed
-               documents: ours, FlexAttention (compiled), SDPA with a dense mask (one step counted); all but attention
-               compiled, as much kept as there is room for; all else the same
+               documents: ours, FlexAttention (compiled), SDPA with a dense mask; all but attention compiled, as much
+               kept as there is room for; all else the same
   modes        ours, the 8B's eighth at 128K with other checkpoints, with and without compiled layers
   memory       peak memory of each way of keeping activations, beside the estimator's
   longest      the whole 8B at 128K, 160K, 192K and 256K tokens: bfloat16 with stochastic rounding (needs torchao;

@@ -55,9 +55,6 @@ def run(cell: TrainCell, arm: str, device: str) -> dict[str, Any]:
         there = torch.cuda.get_device_properties(0).total_memory / 2**30
         if needed > there:
             raise Refused(f"the estimated peak is {needed:.0f} GiB, of the device's {there:.0f}")
-    if arm == "dense" and cell.section == "speed":
-        # Its time does not depend on the pack, and is long.
-        cell = replace(cell, steps=1)
     if cell.compile:
         _forget_other_shapes(cell)
     torch.manual_seed(0)

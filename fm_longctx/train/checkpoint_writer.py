@@ -72,7 +72,7 @@ class CheckpointWriter:
         if problem is None:
             problem = self._of_any_rank(partial, engine)
         if problem is not None:
-            done.set_exception(_NotWritten(problem))
+            done.set_exception(self._given_up(place, _NotWritten(problem)))
             self.wait()
             return
         content = engine.state_dict() | random_state()
@@ -132,9 +132,18 @@ class CheckpointWriter:
                 for old in complete(self.folder)[self.keep :]:
                     shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:  # DCP's own is no Exception; whatever it is, `wait` reports it.
-            done.set_exception(error)
+            done.set_exception(self._given_up(place, error))
         else:
             done.set_result(None)
+
+    def _given_up(self, place: Path, error: BaseException) -> BaseException:
+        """On rank 0, when every rank has stopped writing, take away what is half there: a full disk needs the room."""
+        if dist.get_rank() != 0:
+            return error
+        words, free = _words(error), shutil.disk_usage(self.folder).free
+        shutil.rmtree(place.with_suffix(".partial"), ignore_errors=True)
+        # torch's own writer does not say why it could not write.
+        return _NotWritten(f"{words}; {free / 2**20:.1f} MiB were free there" if free < 64 << 20 else words)
 
     def _of_any_rank(self, partial: Path, engine: Engine) -> str | None:
         """Have the engine write its own files, if it has any; the first rank's problem with that, on every rank."""

@@ -15,6 +15,7 @@ from fm_longctx.train.estimate import GIB, Setup, Shape, step_flops
 from fm_longctx.train.estimate_memory import Memory, memory
 from fm_longctx.train.estimate_time import (
     GPUS,
+    NARROW,
     Attention,
     Gpu,
     StepTime,
@@ -308,8 +309,9 @@ def _work(
         f"time        {seconds.total:.2f} s a step on {gpu.name}, estimated: {named}",
         f"speed       {tokens / seconds.total / ranks:,.0f} tokens/s a GPU, MFU {share:.1%}, both estimated",
         f"rates       attention {gpu.attention_forward / 1e12:.0f} and {gpu.attention_backward / 1e12:.0f} TFLOP/s "
-        f"({gpu.attention_source}); assumed: 0.7 of it below D 128, matrices at {gpu.matmul:.0%} of "
-        f"{gpu.peak / 1e12:.0f} TFLOP/s, {gpu.node_link / 1e9:.0f} GB/s in a node, {gpu.link / 1e9:.0f} between nodes",
+        f"({gpu.attention_source}), {NARROW[0]} and {NARROW[1]} of it below D 128; assumed: matrices at "
+        f"{gpu.matmul:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s, {gpu.node_link / 1e9:.0f} GB/s in a "
+        f"node, {gpu.link / 1e9:.0f} between nodes",
     ]
     moving = offload_seconds(part, setup, gpu)
     if moving:

@@ -70,8 +70,8 @@ def within_layer(shape: Shape, setup: Setup, *, mlp_kept: bool = False) -> int:
     (compiled one; chunked: of one chunk, 6 e I with what it saves, compiled 4, and the weights' gradients in float32).
     In the norm after attention: all but the MLP, three float32 gradients of C and the residual's, while two saved
     values of e have gone; compiled three gradients of e, while one value has gone. In attention: all but MLP and that
-    norm, the gradients of the residual, output, q, k and v, and sums in float32: of each row, of q where heads are not
-    grouped, and over context ranks of q, k and v. The matrices' own gradients join as they are made.
+    norm, the gradients of the residual, output, q, k and v, and sums in float32: of each row, of q, and over context
+    ranks of q, k and v. The matrices' own gradients join as they are made.
 
     Args:
         mlp_kept: the layer is one of those: its MLP's part is kept and goes before the rest is computed again.
@@ -87,7 +87,7 @@ def within_layer(shape: Shape, setup: Setup, *, mlp_kept: bool = False) -> int:
         sums = (4 + e) * weights if trained else 0
         in_mlp = 2 * t * e * c + (4 if setup.compile else 6) * rows * e * shape.intermediate + sums
     in_norm = t * c * (2 * e if setup.compile else 3 * 4 - e) + trained * weights
-    sums = 4 * shape.heads + (4 * shape.q if shape.heads == shape.kv_heads else 0)
+    sums = 4 * (shape.heads + shape.q)
     sums += 4 * (shape.q + 2 * shape.kv) if setup.over_ranks else 0
     in_attention = t * (e * (c + 2 * shape.q + 2 * shape.kv) + sums) - norm + trained * (weights + c * shape.q)
     if setup.checkpointing == "none":

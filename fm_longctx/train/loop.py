@@ -158,12 +158,18 @@ class _Run:
         return stopped
 
     def _skipped(self, batches: Sequence[Batch], fault: str, too_many: bool) -> None:
-        path = faults.save_batches(self.folder / "faults", self.step, self.world.rank, batches, fault)
-        self.reporter.say(f"step {self.step}: skipped, {fault}; its batch is in {path.parent}")
+        place = self.folder / "faults"
+        try:
+            faults.save_batches(place, self.step, self.world.rank, batches, fault)
+            where = f"its batch is in {place}"
+        except (OSError, RuntimeError) as error:
+            # A full disk is torch's RuntimeError or an OSError.
+            where = f"its batch could not be written ({error})"
+        self.reporter.say(f"step {self.step}: skipped, {fault}; {where}")
         if too_many:
             raise TrainingError(
                 f"step {self.step}: {fault}, and {self.config.train.max_skipped} of the last 100 steps were skipped "
-                f"before it. The weights are the last good step's and the batches are in {path.parent}. Lower "
+                f"before it. The weights are the last good step's and the batches are in {place}. Lower "
                 "optimizer.lr, lengthen schedule.warmup_steps, look at the data, or raise train.max_skipped."
             )
 

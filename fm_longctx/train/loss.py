@@ -113,6 +113,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, weight, out=d_hidden[part])
             if d_weight is not None:
                 _add_product(d_weight, d_logits.t(), h)
+            # Or they would still be there while the next chunk's are made.
+            del logits, d_logits
         if group is not None and d_hidden is not None:
             dist.all_reduce(d_hidden, group=group)
         ctx.save_for_backward(d_hidden, d_weight)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fm_longctx.train.json_lines import JsonLines
 from fm_longctx.train.trackers import Tracker
 
 
@@ -84,8 +84,9 @@ class Reporter:
         self.bar: Progress | None = None
         if not self.active:
             return
-        self.file = _reopen(folder / "metrics.jsonl", start)
-        self.evaluations = _reopen(folder / "eval.jsonl", start) if (folder / "eval.jsonl").exists() else None
+        self.file = JsonLines(folder / "metrics.jsonl", start=start)
+        there = (folder / "eval.jsonl").exists()
+        self.evaluations = JsonLines(folder / "eval.jsonl", start=start) if there else None
         self.folder = folder
         if sys.stdout.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
@@ -103,9 +104,10 @@ class Reporter:
         if self.bar is not None:
             self.bar.stop()
         if self.active:
-            self.file.close()
-            if self.evaluations is not None:
-                self.evaluations.close()
+            for lines in (self.file, self.evaluations):
+                lost = 0 if lines is None else lines.close()
+                if lines is not None and lost:
+                    print(f"no room on the disk: the last {lost} lines of {lines.path} are lost", flush=True)
             for tracker in self.trackers:
                 tracker.close()
 
@@ -121,8 +123,7 @@ class Reporter:
             return
         values = asdict(metrics)
         values |= values.pop("task")
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self._add(self.file, values)
         for tracker in self.trackers:
             tracker.scalars(metrics.step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
         if self.bar is not None:
@@ -135,24 +136,12 @@ class Reporter:
         if not self.active:
             return
         if self.evaluations is None:
-            self.evaluations = (self.folder / "eval.jsonl").open("w")
-        self.evaluations.write(json.dumps(dict(record)) + "\n")
-        self.evaluations.flush()
+            self.evaluations = JsonLines(self.folder / "eval.jsonl", start=0)
+        self._add(self.evaluations, record)
         for tracker in self.trackers:
             tracker.scalars(step, {f"eval_{name}": record[name] for name in ("loss", "perplexity")})
 
-
-def _reopen(path: Path, start: int) -> TextIO:
-    """A file of JSON lines, for writing, with the lines it has of steps up to `start`."""
-    kept = [line for line in path.read_text().splitlines() if _is_kept(line, start)] if path.exists() else []
-    file = path.open("w")
-    file.writelines(f"{line}\n" for line in kept)
-    return file
-
-
-def _is_kept(line: str, start: int) -> bool:
-    """A kill can leave half a line."""
-    try:
-        return bool(json.loads(line)["step"] <= start)
-    except (ValueError, KeyError):
-        return False
+    def _add(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
+        waited = bool(lines.waiting)
+        if not lines.add(record) and not waited:
+            self.say(f"no room on the disk: lines of {lines.path} wait until there is")

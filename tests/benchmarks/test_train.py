@@ -27,10 +27,8 @@ def test_smoke_writes_rows_as_they_come_and_goes_on(tmp_path, capsys, monkeypatc
     rows = rows_of(tmp_path)
     ours, dense = rows["speed", "ours"], rows["speed", "dense"]
     assert ours["status"] == dense["status"] == "ok"
-    # One step after the warm-up, and two of ours.
-    assert (len(dense["losses"]), len(ours["losses"])) == (2, 3)
-    for name in ("losses", "grad_norms"):
-        assert ours[name][:2] == pytest.approx(dense[name], rel=1e-3)
+    assert ours["losses"] == pytest.approx(dense["losses"], rel=1e-3)
+    assert ours["grad_norms"] == pytest.approx(dense["grad_norms"], rel=1e-3)
     assert rows["speed", "flex"]["status"] == "refused"
     text = next(tmp_path.glob("*-train.md")).read_text()
     assert "FlexAttention has no backward on a CPU" in text and "Largest difference of a step's loss" in text

@@ -142,6 +142,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_alone(tmp_path, as
     changes |= {"checkpoint.asynchronous": not asynchronous, "train.steps": 5}
     for _, error in run_ranks(2, train_with_a_full_disk, str(folder), 5, **changes):
         assert error.startswith("the last checkpoint, of step 5, could not be written: rank 1: OSError: [Errno 28]")
+    # What could not be written takes no room.
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert prepare(config_of(folder, **{"train.steps": 5}), 2).state.step == 4
 
 

@@ -100,6 +100,8 @@ class MegatronEngine(Engine):
             max_length=self.sequence_length,
             rope=type(rotary)(self.hf_config),
         )
+        # Megatron makes some weights on the CPU, and in float32 leaves moving them to its caller.
+        self.model.to(world.device)
         self._fill(template, config)
         wrapped = Float16Module(self.settings, self.model) if self.settings.bf16 else self.model
         sharded = config.parallel.distributed_optimizer
