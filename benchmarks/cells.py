@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from benchmarks.cases import Case, cases, causal_document_case, document_lengths
-from benchmarks.mask_mods import MaskMod, case_mask_mod, causal_document_mod
+from benchmarks.mask_mods import MaskMod, cached_draw, case_mask_mod, causal_document_mod
 from benchmarks.packs import pack
 from benchmarks.sparsity import BLOCK, band_mask_mod, band_of_blocks, document_lengths_at
 
@@ -71,6 +71,8 @@ class Scenario:
     """What kernels without a mask can do, if this mask is that."""
     documents: tuple[list[int], bool] | None
     """(lengths, causal): what variable-length kernels can do, if this mask is that."""
+    window: int | None = None
+    """The keys that a row sees, itself the last of them, if this mask is a causal window."""
 
 
 @lru_cache(maxsize=2)
@@ -97,6 +99,7 @@ def scenario(case: str, n: int, seed: int) -> Scenario:
         mask_mod=lambda device: case_mask_mod(name, n, seed, device),
         plain=name if name in ("full", "causal") else None,  # type: ignore[arg-type]
         documents=(document_lengths(n, seed), causal_of[name]) if name in causal_of else None,
+        window=cached_draw(n, seed).window if name == "sliding_window" else None,
     )
 
 

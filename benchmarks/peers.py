@@ -2,7 +2,8 @@
 
 All get the same q, k, v and dout `[B, N, H, D]`; those that want `[B, H, N, D]` get contiguous copies, made outside the
 timing, as are masks and tile schedules. Settings are those of each project's own benchmarks: FlexAttention compiled for
-static shapes with its block mask; SDPA held to one backend; FlashAttention-4 with cu_seqlens for packed documents.
+static shapes with its block mask; SDPA held to one backend; FlashAttention-4 with cu_seqlens for packed documents and
+its own window for the sliding one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +66,8 @@ class Peer:
     prepare: Callable[[Inputs, Scenario], Run]
     warm: Callable[[Inputs, Scenario], Run] | None = None
     """The same compilation as `prepare`, with next to nothing to compute; None: nothing worth compiling ahead."""
+    load: Callable[[], object] | None = None
+    """Imports of seconds, which a process can do before it measures; None: none."""
 
 
 OURS = ("hopper", "triton", "reference")
@@ -207,50 +212,53 @@ def _dense(settings: Settings) -> Peer:
 
 def _fa4() -> Peer:
     def refusal(cell: Cell, scenario: Scenario, device: str) -> str | None:
-        if scenario.plain is None and scenario.documents is None:
-            return "takes full, causal and packed-document masks only"
+        if scenario.plain is None and scenario.documents is None and scenario.window is None:
+            return "takes full, causal, sliding-window and packed-document masks only"
         if torch.device(device).type != "cuda":
             return "runs on a GPU only"
-        try:
-            import flash_attn.cute  # type: ignore[import-not-found]  # noqa: F401
-        except ImportError as error:
-            return f"flash-attn-4 is not installed: {error}"
+        # Looked for, not imported: that takes seconds, and one that cannot be imported failed.
+        if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+            return "flash-attn-4 is not installed"
         return None
 
     def prepare(inputs: Inputs, scenario: Scenario) -> Run:
-        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
 
-        def first(result: Any) -> Tensor:
-            return result[0] if isinstance(result, tuple) else result
-
-        if scenario.plain is not None:
+        if scenario.documents is None:
             leaves = _leaves(inputs)
-            causal = scenario.plain == "causal"
-            return Run(lambda: first(flash_attn_func(*leaves, causal=causal)), leaves, inputs.dout, _same)
-        assert scenario.documents is not None  # or it would have been refused
+            # (keys before the row's own, keys after it)
+            window = (None, None) if scenario.window is None else (scenario.window - 1, 0)
+            attend = partial(flash_attn_func, causal=scenario.plain != "full", window_size=window)
+            return Run(lambda: _first(attend(*leaves)), leaves, inputs.dout, _same)
         lengths, causal = scenario.documents
         batch, n = inputs.q.shape[:2]
         ends = torch.tensor(lengths * batch, device=inputs.q.device).cumsum(0)
         cu_seqlens = F.pad(ends, (1, 0)).int()
         leaves = _leaves(Inputs(*(x.flatten(0, 1) for x in inputs)))
-        longest = max(lengths)
+        attend = partial(
+            flash_attn_varlen_func,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(lengths),
+            causal=causal,
+        )
+        dout = inputs.dout.flatten(0, 1)
+        return Run(lambda: _first(attend(*leaves)), leaves, dout, lambda x: x.unflatten(0, (batch, n)))
 
-        def forward() -> Tensor:
-            return first(
-                flash_attn_varlen_func(
-                    *leaves,
-                    cu_seqlens_q=cu_seqlens,
-                    cu_seqlens_k=cu_seqlens,
-                    max_seqlen_q=longest,
-                    max_seqlen_k=longest,
-                    causal=causal,
-                )
-            )
+    return Peer(
+        name="fa4",
+        refusal=refusal,
+        prepare=prepare,
+        # It compiles for any batch and for whatever the mask holds; one sample alone may have strides of its own.
+        warm=lambda inputs, scenario: prepare(Inputs(*(x[:2] for x in inputs)), scenario),
+        load=lambda: import_module("flash_attn.cute"),
+    )
 
-        return Run(forward, leaves, inputs.dout.flatten(0, 1), lambda x: x.unflatten(0, (batch, n)))
 
-    # Its compilations do not depend on the mask's content, so warming is running.
-    return Peer(name="fa4", refusal=refusal, prepare=prepare, warm=prepare)
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output, of what may be (output, LSE)."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def dtype_on(device: str) -> torch.dtype:

@@ -1,9 +1,10 @@
 """Compiles what the cells will run, in many processes at once: one after the other it would take longer than to time.
 
 Our kernels, and FlashAttention-4's, go through their compilers' caches on disk: one process compiles what many cells
-share, and each finds it there. A graph of FlexAttention, and a plan of cuDNN, is kept by the process that made it,
-which then measures its cells. All are compiled by running them at the cells' own shapes, but under a mask that hides
-everything, which costs next to nothing; and q, k, v and dout share their memory, so that many processes fit on a card.
+share, and each finds it there; FlashAttention-4 takes seconds to import, which each does meanwhile. A graph of
+FlexAttention, and a plan of cuDNN, is kept by the process that made it, which then measures its cells. All are compiled
+by running them at the cells' own shapes, but under a mask that hides everything, which costs next to nothing; and q, k,
+v and dout share their memory, so that many processes fit on a card.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Job:
     """Of competitors."""
     backward: bool = True
     keeps: bool = False
-    """What it compiles is at hand only in the process that does."""
+    """What it compiles is at hand only in the process that does, which is to measure these cells."""
+    loads: tuple[str, ...] = ()
+    """Of competitors that the process is to load: it will measure them too."""
 
 
 def jobs(pending: Sequence[tuple[Cell, Sequence[str]]]) -> list[Job]:
@@ -77,7 +80,8 @@ def jobs(pending: Sequence[tuple[Cell, Sequence[str]]]) -> list[Job]:
                 shared.setdefault(key, {}).setdefault((cell.n, cell.batch), cell)
         graphs = tuple(name for name in names if name in KEPT and cell.section in RACED)
         if graphs:
-            kept.setdefault(cell.compilation, Job(cells=(cell,), names=graphs, keeps=True))
+            loads = ("fa4",) if "fa4" in names else ()
+            kept.setdefault(cell.compilation, Job(cells=(cell,), names=graphs, keeps=True, loads=loads))
     found = []
     for key, by_shape in shared.items():
         cells = [by_shape[shape] for shape in sorted(by_shape)]
@@ -92,6 +96,9 @@ def compile_job(job: Job, settings: Settings, device: str) -> list[str]:
     """Runs forward and backward of each competitor once on each cell; returns what went wrong."""
     troubles = []
     for cell in job.cells:
+        for peer in competitors(job.loads, settings):
+            if trouble := _load(cell, peer, device):
+                troubles.append(f"{cell.key}, {peer.name}: {trouble}")
         for peer in competitors(job.names, settings):
             for attempt in range(OUT_OF_MEMORY_ATTEMPTS):
                 trouble = _compile(cell, peer, job.backward, device)
@@ -106,6 +113,15 @@ def compile_job(job: Job, settings: Settings, device: str) -> list[str]:
     return troubles
 
 
+def _load(cell: Cell, peer: Peer, device: str) -> str | None:
+    try:
+        if peer.load is not None and peer.refusal(cell, scenario(cell.case, cell.n, cell.seed), device) is None:
+            peer.load()
+    except Exception as error:
+        return _describe(error)
+    return None
+
+
 def _compile(cell: Cell, peer: Peer, backward: bool, device: str) -> str | None:
     mask = scenario(cell.case, cell.n, cell.seed)
     try:
@@ -118,8 +134,12 @@ def _compile(cell: Cell, peer: Peer, backward: bool, device: str) -> str | None:
         if device != "cpu":
             torch.cuda.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return _describe(error)
     return None
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def shared_inputs(cell: Cell, device: str, *, heads_first: bool) -> Inputs:

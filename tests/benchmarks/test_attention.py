@@ -1,16 +1,21 @@
 """The attention benchmark: its parts against their definitions, and every section end to end on a CPU."""
 
+import dataclasses
+import itertools
 import json
 import math
+import sys
+import types
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks import attention, peers, tables, timing
+from benchmarks import attention, peers, tables, timing, warm
 from benchmarks.attention_check import dense
 from benchmarks.cells import PAPER_CASES, PRESETS, Cell, Scenario, Sizes, scenario, section_cells
 from benchmarks.mask_mods import block_mask, block_mask_bytes, empty_block_mask
@@ -52,12 +57,15 @@ def test_every_form_of_a_mask_is_its_rule_in_words(name, seed):
         lengths, causal = forms.documents
         blocks = torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
         assert torch.equal(words, blocks & (j <= r) if causal else blocks)
+    if forms.window:
+        assert torch.equal(words, (j <= r) & (j > r - forms.window))
 
 
 def test_the_forms_that_peers_take_are_offered_for_the_masks_that_have_them():
     forms = {name: scenario(name, 203, 0) for name in PAPER_CASES}
     assert [name for name in forms if forms[name].plain] == ["full", "causal"]
     assert [name for name in forms if forms[name].documents] == ["causal_document", "document"]
+    assert [name for name in forms if forms[name].window] == ["sliding_window"]
 
 
 @pytest.mark.parametrize("percent", [0, 30, 100])
@@ -202,6 +210,45 @@ def grid(n):
     return torch.arange(n)[:, None], torch.arange(n)[None, :]
 
 
+@pytest.mark.parametrize("name", ["full", "causal", "sliding_window", "causal_document", "document"])
+def test_flash_attention_4_is_asked_for_the_mask(name, monkeypatch):
+    """As its interface says: window_size counts keys before and after the row's own, cu_seqlens begin at 0."""
+
+    def attend(q, k, v, causal, window_size=(None, None)):
+        r, j = grid(q.shape[1])
+        before, after = window_size
+        seen = (j <= r) if causal else torch.ones_like(j <= r)
+        if before is not None:
+            seen = (r - j <= before) & (j - r <= after)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return out.transpose(1, 2), torch.empty(0)
+
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        ends = cu_seqlens_q.tolist()
+        assert cu_seqlens_q.dtype == torch.int32 and ends == cu_seqlens_k.tolist()
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in itertools.pairwise(ends))
+        documents = ((x[a:b][None] for x in (q, k, v)) for a, b in itertools.pairwise(ends))
+        return torch.cat([attend(*document, causal)[0][0] for document in documents]), torch.empty(0)
+
+    module = types.ModuleType("flash_attn.cute")
+    module.flash_attn_func, module.flash_attn_varlen_func = attend, varlen
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    (peer,) = competitors(["fa4"], Settings())
+    anywhere = dataclasses.replace(peer, refusal=lambda cell, forms, device: None)
+    (row,) = race(cell(name), [anywhere], "cpu", timing.Timer("cpu", budget_ms=0))
+    assert row["status"] == "ok", row
+
+
+def test_flash_attention_4_is_refused_where_it_has_no_such_mask_or_is_missing():
+    (peer,) = competitors(["fa4"], Settings())
+    assert "masks only" in peer.refusal(cell("qk_sparse"), scenario("qk_sparse", 96, 0), "cuda")
+    assert "GPU" in peer.refusal(cell("causal"), scenario("causal", 96, 0), "cpu")
+    with patch.object(peers, "find_spec", return_value=None):
+        assert "not installed" in peer.refusal(cell("causal"), scenario("causal", 96, 0), "cuda")
+
+
 def test_no_n_by_n_mask_beyond_the_limit():
     (peer,) = competitors(["dense"], Settings(dense_limit=64))
     assert "64" in peer.refusal(cell(), scenario("full", 96, 0), "cpu")
@@ -224,6 +271,22 @@ def test_compiling_runs_without_trouble_and_tells_of_it():
     assert trouble.startswith("cases/causal_document/") and "flex: ValueError" in trouble
 
 
+def test_what_is_to_be_measured_is_loaded_once_and_its_trouble_told(monkeypatch):
+    loaded = []
+
+    def missing():
+        loaded.append("fa4")
+        raise ImportError("no libcute")
+
+    peer = Peer(name="fa4", refusal=lambda cell, forms, device: None, prepare=None, load=missing)
+    monkeypatch.setattr(warm, "competitors", lambda names, settings: [peer] if names else [])
+    job = Job(cells=(cell(),), names=(), loads=("fa4",))
+    assert [trouble.split(", ")[1] for trouble in compile_job(job, Settings(), "cpu")] == [
+        "fa4: ImportError: no libcute"
+    ]
+    assert loaded == ["fa4"]
+
+
 def test_each_kernel_and_each_graph_is_compiled_once():
     names = ["hopper", "triton", "flex", "cudnn", "flash", "dense", "fa4"]
     found = jobs([(c, names) for c in section_cells("cases", Sizes(lengths=(96, 192), head_dims=(64,), tokens=192))])
@@ -235,7 +298,7 @@ def test_each_kernel_and_each_graph_is_compiled_once():
         assert len(kinds) == 5 and all([c.n for c in job.cells] == [96, 192] for job in kinds)
     assert [len(job.cells) for job in shared if job.names == ("fa4",)] == [1] * 12
     assert len({job.cells[0].compilation for job in kept}) == len(kept) == 24
-    assert {job.names for job in kept} == {("flex", "cudnn")}
+    assert {job.names for job in kept} == {("flex", "cudnn")} and {job.loads for job in kept} == {("fa4",)}
 
     # One compilation for all sparsities; memory and schedule run no FlexAttention, the schedule no backward.
     bands = [(c, names) for c in section_cells("sparsity", Sizes(sparsity_length=4096, tokens=4096))]
