@@ -1,9 +1,10 @@
 """Is a result right? One head at the timed shape, against float32 attention from the mask's rule in words.
 
-All scores of the head are visited, so the softmax of every row is known; out and dq are then compared on sampled rows,
-dk and dv on sampled columns, each of which depends on every row that sees it. benchmarks/attention_check.py compares
-every element, at more cost. An error may be at most twice that of the same sampled computation with its products in the
-tested dtype, plus rounding: one unit of that dtype and 16 of float32, of the largest value.
+Every score that a row of the head sees is visited, so the softmax of every row is known; out and dq are then compared
+on sampled rows, dk and dv on sampled columns, each of which depends on every row that sees it.
+benchmarks/attention_check.py compares every element, at more cost. An error may be at most twice that of the same
+sampled computation with its products in the tested dtype, plus rounding: one unit of that dtype and 16 of float32, of
+the largest value.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ def expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Rule, *, sa
         for _ in range(2)
     )
     every = torch.arange(n, device=q.device)
+    group = slice(heads - share, heads)
+    q_g, dout_g = q[-1, :, group], dout[-1, :, group]
+    lse, delta = _softmax_statistics(q_g, k_h, v_h, dout_g, visible, scale)
+    hidden = ~visible(every[:, None], columns[None, :])
     sums: dict[str, list[Tensor]] = {"dk": [], "dv": [], "cheap dk": [], "cheap dv": []}
-    for h in range(heads - share, heads):
-        q_h, dout_h = q[-1, :, h], dout[-1, :, h]
-        lse, delta = _softmax_statistics(q_h, k_h, v_h, dout_h, visible, scale)
-        hidden = ~visible(every[:, None], columns[None, :])
+    for h in range(share):
+        q_h, dout_h = q_g[:, h], dout_g[:, h]
         for kind, exact in (("", torch.float32), ("cheap ", dtype)):
-            dk, dv = _column_gradients(q_h, k_h, v_h, dout_h, columns, hidden, lse, delta, scale, exact)
+            dk, dv = _column_gradients(q_h, k_h, v_h, dout_h, columns, hidden, lse[h], delta[h], scale, exact)
             sums[f"{kind}dk"].append(dk)
             sums[f"{kind}dv"].append(dv)
     hidden = ~visible(rows[:, None], every[None, :])
@@ -82,20 +85,27 @@ def errors(want: Expected, out: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
 def _softmax_statistics(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Rule, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """lse and delta = rowsum(out * dout) of every row, float32 `[N]`; lse of a row without a visible column is 0."""
-    n = len(q)
-    k, v = k.float(), v.float()
-    lse, delta = (torch.empty(n, device=q.device) for _ in range(2))
+    """lse and delta = rowsum(out * dout) of every row, float32 `[heads, N]`; lse of a row that sees nothing is 0.
+
+    q, dout `[N, heads, D]`, k, v `[N, D]`. A strip of rows meets the columns that one of them sees, and no others.
+    """
+    n, heads = q.shape[:2]
+    lse, delta = (torch.zeros((heads, n), device=q.device) for _ in range(2))
     columns = torch.arange(n, device=q.device)[None, :]
     strip = max(1, SCORES // n)
     for first in range(0, n, strip):
         rows = slice(first, min(first + strip, n))
-        hidden = ~visible(torch.arange(rows.start, rows.stop, device=q.device)[:, None], columns)
-        s = (q[rows].float() @ k.T).mul_(scale).masked_fill_(hidden, float("-inf"))
-        lse_r = s.logsumexp(1)
-        lse[rows] = lse_r.masked_fill(lse_r == float("-inf"), 0)
-        p = s.sub_(lse[rows, None]).exp_()
-        delta[rows] = ((p @ v) * dout[rows].float()).sum(1)
+        seen = visible(torch.arange(rows.start, rows.stop, device=q.device)[:, None], columns)
+        some = seen.any(0).nonzero()[:, 0]
+        if len(some) == 0:
+            continue
+        hidden, k_s, v_s = ~seen[:, some], k[some].float(), v[some].float()
+        for h in range(heads):
+            s = (q[rows, h].float() @ k_s.T).mul_(scale).masked_fill_(hidden, float("-inf"))
+            lse_r = s.logsumexp(1)
+            lse[h, rows] = lse_r.masked_fill(lse_r == float("-inf"), 0)
+            p = s.sub_(lse[h, rows, None]).exp_()
+            delta[h, rows] = ((p @ v_s) * dout[rows, h].float()).sum(1)
     return lse, delta
 
 
