@@ -4,7 +4,7 @@
     python -m benchmarks.attention --sections cases --lengths 131072 --warm 15 --out <folder> --commit <hash>
     python -m benchmarks.attention --quick                           three masks at 8K, D 128: does it all run?
     TRITON_INTERPRET=1 python -m benchmarks.attention --smoke        every path on a CPU in seconds; figures are no use
-    python -m benchmarks.attention --report benchmarks/results/<file>.jsonl      tables and pictures again; no GPU
+    python -m benchmarks.attention --report <older>.jsonl <newer>.jsonl          one page of several runs; no GPU
 
 Sections (`--sections`, by number or name):
   1 cases      the paper's 12 masks x N 8K, 32K, 128K x D 64, 128; 128K tokens, hidden 4096, bf16; forward and backward
@@ -25,9 +25,11 @@ FlexAttention compiles a forward and a backward kernel for each cell, and ours f
 do so at once, before anything is timed; then each measures the cells that it compiled for, one process at a time, while
 the others leave the GPU alone. `--limit` ends a run in good order before a time limit from outside does. Rows are
 written as they are measured: the same command goes on where one ended, and `--also` takes rows of another file as
-measured.
+measured. What another commit measured is measured again.
 
-Writes <out>/<date>-attention.jsonl (the rows), .csv, .md and one .png a section.
+Writes <out>/<date>-attention.jsonl (the rows), .csv, .md and one .png a section. A page may be of several runs, with
+`--report`, or where the file has rows of more than one commit: the last row of a cell and competitor counts, and each
+says its commit.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ from benchmarks.cells import PRESETS, SECTIONS, Cell, Sizes, section_cells
 from benchmarks.crew import Crew, Timing, measure
 from benchmarks.environment import environment
 from benchmarks.peers import OURS, Settings
-from benchmarks.records import Records, Row, read
+from benchmarks.records import Records, Row, latest, read
 from benchmarks.tables import tflops
 from benchmarks.timing import Timer
 from benchmarks.warm import configure_compiler, jobs, use_caches
@@ -65,10 +68,7 @@ ON_REQUEST = ("flex_tuned",)  # minutes of tuning a cell
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.report:
-        rows = [row for file in options.report for row in read(file)]
-        last = rows[-1]
-        rows = [row for row in rows if (row["device"], row["commit"]) == (last["device"], last["commit"])]
-        report(options.report[-1].with_suffix(""), rows)
+        report(options.report)
         return
     begin = time.monotonic()
     device = "cpu" if options.smoke else "cuda"
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"compiled in {compiled - begin:.0f} s", flush=True)
         timed = run(pending, records, deadline, crew, settings, timing, device)
     measured = time.monotonic()
-    report(records.path.with_suffix(""), records.rows())
+    report([*options.also, records.path])
     print(
         f"seconds: start and compiling {compiled - begin:.0f}; cells {measured - compiled:.0f}, of which repetitions "
         f"{timed:.0f}; report {time.monotonic() - measured:.0f}; all {time.monotonic() - begin:.0f}"
@@ -134,11 +134,16 @@ def run(
     return timed
 
 
-def report(stem: Path, rows: list[Row]) -> None:
+def report(files: Sequence[Path]) -> None:
+    """One page of all the files' rows, beside the last file; later files' rows replace earlier ones'."""
     # Only here: the processes that measure import this module, and need no pictures.
     from benchmarks.report import write_report
 
-    print(write_report(stem, rows))
+    rows = [row for file in files if file.exists() for row in read(file)]
+    kept = latest(rows)
+    if others := sorted({row["device"] for row in rows} - {row["device"] for row in kept}):
+        print(f"left out: rows of {', '.join(others)}; a page is of one device, the last row's")
+    print(write_report(files[-1].with_suffix(""), kept))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -169,7 +174,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results; with --smoke a new temporary one)")
     parser.add_argument("--date", help="of the file to go on with; today if not given")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="files of rows that count as measured")
-    parser.add_argument("--report", type=Path, nargs="+", help="tables and pictures of these files; measures nothing")
+    parser.add_argument("--report", type=Path, nargs="+", help="one page of these files, by the last; measures nothing")
     parser.add_argument("--commit", help="the commit to record where there is no git")
     options = parser.parse_args(arguments)
     options.sections = [SECTIONS[int(x) - 1] if x in ("1", "2", "3", "4", "5") else x for x in options.sections]

@@ -73,20 +73,24 @@ def plot_sparsity(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_memory(rows: Sequence[Row], path: Path) -> None:
-    """Bytes against N, both logarithmic: each method's mask, ours with its tile schedule."""
+    """Bytes against N, both logarithmic: each method's mask, ours with its tile schedule; and what a pass needs beside.
+
+    The second panel has what was measured only: the peak of a forward and backward beyond inputs and results.
+    """
     peers = {"dense": "dense mask", "flex": "FlexAttention's block mask"}
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, grid = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, colour in COLOURS.items():
-        found = sorted(
-            (row["n"], row["mask_bytes"] + row.get("schedule_bytes", 0))
-            for row in rows
-            if row["competitor"] == name and row["status"] == "ok"
-        )
-        if found:
-            label = peers.get(name, f"{name}: mask and schedule")
-            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=label, color=colour)
-    axes.set(xscale="log", yscale="log", xlabel="N", ylabel="bytes")
-    axes.legend(fontsize=7)
+        own = sorted((r for r in rows if r["competitor"] == name and r["status"] == "ok"), key=lambda r: int(r["n"]))
+        masks = [(r["n"], r["mask_bytes"] + r.get("schedule_bytes", 0)) for r in own]
+        peaks = [(r["n"], r["workspace_bytes"]) for r in own if r["measured"]]
+        label = peers.get(name, f"{name}: mask and schedule")
+        for axes, points, said in zip(grid, (masks, peaks), (label, name), strict=True):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=said, color=colour)
+    for axes, title in zip(grid, ("mask", "peak beyond inputs and results"), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="N", ylabel="bytes", title=title)
+        if axes.has_data():
+            axes.legend(fontsize=7)
     _save(figure, path)
 
 

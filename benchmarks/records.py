@@ -24,6 +24,8 @@ class Cell(Protocol):
 class Records:
     """A file of rows. A row belongs to a cell, a competitor, a device and a commit; one of each counts, the last.
 
+    What was measured at another commit is missing here; `latest` makes one table of several commits.
+
     Args:
         path: where rows are appended; made with its folder at the first.
         about: `benchmarks.environment.environment()` of this run; device, commit and versions go into every row.
@@ -43,7 +45,7 @@ class Records:
                 self._rows[_key(row)] = row
 
     def rows(self) -> list[Row]:
-        """Those of this device and commit: figures of two of them do not belong in one table."""
+        """Those of this device and commit."""
         return [row for row in self._rows.values() if all(row[x] == self.about[x] for x in ("device", "commit"))]
 
     def missing(self, cell: Cell, names: Iterable[str], *, retry: bool = False) -> list[str]:
@@ -69,6 +71,21 @@ class Records:
 def read(path: Path) -> list[Row]:
     """The rows of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """One row a cell and competitor, of the last row's device: the last measured at any commit, in the first's place.
+
+    A refusal does not replace what was measured: that a peer is not installed today says nothing of its speed.
+    """
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["device"] != rows[-1]["device"]:
+            continue
+        name = (row["key"], row["competitor"])
+        if row["status"] != "refused" or name not in found:
+            found[name] = row
+    return list(found.values())
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -34,17 +34,17 @@ def write_report(stem: Path, rows: Sequence[Row]) -> str:
     """Write <stem>.csv, <stem>.md and <stem>-<section>.png; returns the page's text.
 
     Args:
-        rows: of one device and commit.
+        rows: of one device; one a cell and competitor (`benchmarks.records.latest`).
     """
     if not rows:
         return "nothing was measured, so there is no report."
     tables.write_csv(stem.with_name(f"{stem.name}.csv"), rows)
-    page = f"# Attention benchmark, {rows[-1]['date']}\n\n"
+    page = f"# Attention benchmark, {', '.join(sorted({row['date'] for row in rows}))}\n\n"
     for command in dict.fromkeys(row["command"] for row in rows):
         page += f"```\n{command}\n```\n\n"
     for name in ("device", "torch", "triton", "cuda", "python", "commit"):
         page += f"- {name}: {', '.join(dict.fromkeys(row[name] for row in rows))}\n"
-    page += f"\n{NOTES}"
+    page += f"\n{NOTES}{tables.commits_note(rows)}"
     page += f"\n## Targets\n\n{targets_table(rows)}"
     for section, (title, texts, plot) in SECTIONS.items():
         found = [row for row in rows if row["section"] == section]

@@ -66,6 +66,19 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
+def commits_note(rows: Sequence[Row]) -> str:
+    """What a table of several commits needs to say: in which cells not all rows are of one; nothing if it is of one."""
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    if len(commits) == 1:
+        return ""
+    right = by_cell(row for row in rows if row["status"] == "ok")
+    mixed = [key for key, cell in right.items() if len({row["commit"] for row in cell.values()}) > 1]
+    note = f"Rows are of {len(commits)} commits, the last measured of each cell and competitor; each says which. "
+    if not mixed:
+        return note + "All of a cell are of one run.\n"
+    return note + f"In {len(mixed)} of {len(right)} cells not all are of one run, first in {mixed[0]}.\n"
+
+
 def race_table(rows: Sequence[Row]) -> str:
     """A line a cell and competitor: ms and TFLOP/s of each direction, and the ratio to FlexAttention."""
     lines = []
@@ -75,7 +88,7 @@ def race_table(rows: Sequence[Row]) -> str:
             if row["status"] == "refused":
                 continue
             line = [row["case"], str(row["n"]), str(row["d"]), f"{row['heads']}:{row['kv_heads']}", str(row["seed"])]
-            line.append(row["competitor"])
+            line += [row["competitor"], row["commit"]]
             if row["status"] == "ok":
                 for direction in ("forward", "backward", "total"):
                     ms, rate = milliseconds(row, direction), tflops(row, direction)
@@ -84,7 +97,7 @@ def race_table(rows: Sequence[Row]) -> str:
             else:
                 line += [f"**{row['status'].upper()}**", *[""] * 8]
             lines.append(line)
-    header = ["case", "N", "D", "heads", "seed", "competitor"]
+    header = ["case", "N", "D", "heads", "seed", "competitor", "commit"]
     for direction in ("forward", "backward", "total"):
         header += [f"{direction} ms", "TFLOP/s", "over flex"]
     return markdown(header, lines)

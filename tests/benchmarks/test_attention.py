@@ -403,6 +403,36 @@ def test_the_last_of_two_rows_counts(tmp_path):
     assert [row["status"] for row in Records(records.path, ABOUT).rows()] == ["ok"]
 
 
+def test_one_page_of_several_runs(tmp_path, capsys):
+    """What was measured again replaces what it was, whatever the commit; a refusal or another card replaces nothing."""
+    files = [tmp_path / f"2026-01-0{day}-attention.jsonl" for day in (1, 2, 3)]
+    old, new, h200 = (
+        Records(file, ABOUT | {"device": device, "date": file.name[:10], "commit": commit})
+        for file, device, commit in zip(files, ("H100", "H100", "H200"), ("old", "new", "new"), strict=True)
+    )
+    times = {"area": 10, "forward_ms": 1.0, "backward_ms": 2.0, "status": "ok"}
+    for case in ("causal", "document"):
+        for name in ("hopper", "flex", "fa4"):
+            old.add(cell(case), {"competitor": name} | times)
+    new.add(cell("causal"), {"competitor": "hopper"} | times | {"forward_ms": 0.125})
+    new.add(cell("causal"), {"competitor": "flex", "status": "failed", "note": "x"})
+    new.add(cell("causal"), {"competitor": "fa4", "status": "refused", "note": "not installed"})
+    new.add(cell("full"), {"competitor": "hopper"} | times)
+    h200.add(cell("document"), {"competitor": "hopper"} | times)
+
+    attention.main(["--report", str(files[2]), str(files[0]), str(files[1])])
+    page = (tmp_path / "2026-01-02-attention.md").read_text()
+    said = capsys.readouterr().out
+    assert "left out: rows of H200" in said and page.strip() in said
+    assert page.startswith("# Attention benchmark, 2026-01-01, 2026-01-02\n") and "- commit: new, old\n" in page
+    lines = [x.strip("| ").split(" | ") for x in page.splitlines() if x.startswith("|")]
+    rows = {(x[0], x[5]): (x[6], x[7]) for x in lines if len(x) > 7 and x[2] == "16" and x[5] != "competitor"}
+    assert rows[("causal", "hopper")] == ("new", "0.125") and rows[("causal", "fa4")] == ("old", "1.000")
+    assert rows[("document", "hopper")] == ("old", "1.000") and rows[("full", "hopper")] == ("new", "1.000")
+    assert rows[("causal", "flex")] == ("new", "**FAILED**")
+    assert "In 1 of 3 cells not all are of one run, first in cases/causal/" in page
+
+
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     records = Records(tmp_path / "rows.jsonl", ABOUT)
     records.add(cell(), {"competitor": "flex", "status": "ok"})
@@ -451,7 +481,7 @@ def test_ours_against_a_peer():
     table = tables.race_table(rows)
     assert "**FAILED**" in table and table.count("\n") == 2 + len(rows)
     first = table.splitlines()[2].strip("| ").split(" | ")
-    assert (first[5], first[8], first[11], first[14]) == ("triton", "2.00", "0.50", "0.80")
+    assert (first[5], first[9], first[12], first[15]) == ("triton", "2.00", "0.50", "0.80")
     assert "| flex | failed | 1 | c | out / of memory |" in tables.notes_table(rows)
 
 
@@ -479,12 +509,15 @@ def test_sparsity_table():
 
 
 def test_targets():
-    """The slowest length counts, and what was not measured is not reached."""
+    """The slowest length counts; what was not measured is not reached, and what was in part is so far."""
     shape = {"section": "cases", "case": "causal", "d": 128, "competitor": "hopper"}
     # 4.096e9 operations forward: 680 TFLOP/s are 6.0 us.
     rows = [row(key=f"c{n}", forward_ms=ms, backward_ms=1.0) | shape | {"n": n} for n, ms in ((8192, 1), (32768, 5e-3))]
     line = next(x for x in targets_table(rows).splitlines() if "forward TFLOP/s, causal, D 128" in x)
-    assert line.endswith("| >= 680 | 819 | yes |")
+    assert line.endswith("| >= 680 | 819 | so far |")
+    longest = row(key="d", forward_ms=6e-3, backward_ms=1.0) | shape | {"n": 131072}
+    line = next(x for x in targets_table([*rows, longest]).splitlines() if "forward TFLOP/s, causal, D 128" in x)
+    assert line.endswith("| >= 680 | 683 | yes |")
     rows += [row(key="c", forward_ms=7e-3, backward_ms=1.0) | shape | {"n": 131072}]
     line = next(x for x in targets_table(rows).splitlines() if "forward TFLOP/s, causal, D 128" in x)
     assert line.endswith("| >= 680 | 585 | no |")
@@ -492,8 +525,22 @@ def test_targets():
     ours = [row("triton", key, forward_ms=1.0, backward_ms=1.0) for key in "ab"]
     flex = [row("flex", key, forward_ms=ms, backward_ms=0.9) for key, ms in (("a", 1.5), ("b", 1.01))]
     table = targets_table([*ours, *flex])
-    assert "| triton | forward over flex, 2 cells: least | >= 1 | 1.01 | yes |" in table
-    assert "| triton | backward over flex, 2 cells: least | >= 1 | 0.90 | no |" in table
+    assert "| triton | forward over flex, 2 of 72 cells: least | >= 1 | 1.01 | so far |" in table
+    assert "| triton | backward over flex, 2 of 72 cells: least | >= 1 | 0.90 | no |" in table
+
+
+def test_targets_of_the_schedule():
+    """Both passes count: their time at 128K against one forward, their bytes at 1M."""
+    cost = {"section": "schedule", "forward_ms": 4.0, "both_schedule_ms": 0.03, "both_schedule_bytes": 50 * 10**6}
+    rows = [row("hopper", "pack") | cost | {"n": 131072}, row("hopper", "long") | cost | {"n": 2**20}]
+    rows += [row("triton", "long") | cost | {"n": 2**20, "both_schedule_bytes": 65 * 10**6, "both_schedule_ms": 9.0}]
+    lines = [line for line in targets_table(rows).splitlines() if "schedules" in line]
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["<= 1", "0.75", "yes |"],
+        ["<= 64", "50.00", "yes |"],
+        ["<= 1", "-", "- |"],
+        ["<= 64", "65.00", "no |"],
+    ]
 
 
 def test_where_skipping_stops_paying():
