@@ -78,14 +78,14 @@ def test_ranks_with_different_dtypes_all_raise_and_name_the_odd_one():
 
 def count_comparisons():
     calls = []
-    gather = dist.all_gather_into_tensor
+    gather = dist.all_gather
 
-    def watched(output, input, **kwargs):
-        assert output.device.type == "cpu" and input.numel() == 2
-        calls.append(output)
-        gather(output, input, **kwargs)
+    def watched(outputs, input, **kwargs):
+        assert input.device.type == "cpu" and input.numel() == 2
+        calls.append(outputs)
+        gather(outputs, input, **kwargs)
 
-    dist.all_gather_into_tensor = watched
+    dist.all_gather = watched
     try:
         mask = builders.causal(20)
         context = ContextParallel(dist.group.WORLD, ShardPlan.build(mask, 2), mask)
@@ -93,7 +93,7 @@ def count_comparisons():
         for _ in range(3):
             context_parallel_attention(q, q, q, context)
     finally:
-        dist.all_gather_into_tensor = gather
+        dist.all_gather = gather
     return len(calls)
 
 
@@ -115,11 +115,11 @@ def skip_the_check():
     mask = builders.causal_document([21, 30])
     plan = ShardPlan.build(mask, 2)
     calls = []
-    gather, dist.all_gather_into_tensor = dist.all_gather_into_tensor, lambda *args, **kwargs: calls.append(args)
+    gather, dist.all_gather = dist.all_gather, lambda *args, **kwargs: calls.append(args)
     try:
         ContextParallel(dist.group.WORLD, plan, mask, check=False)
     finally:
-        dist.all_gather_into_tensor = gather
+        dist.all_gather = gather
     return len(calls)
 
 
