@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -29,6 +31,8 @@ def load_backend(name: str) -> ModuleType:
 def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int, softcap: float | None = None) -> str:
     """The backend to run: the named one; or, if None, on a GPU the fastest that can, `reference` elsewhere.
 
+    Where that is not `hopper` on a GPU made for it, a warning says why, once for each reason.
+
     Args:
         intervals: the most intervals a column of any mask that q and v will meet.
 
@@ -39,13 +43,27 @@ def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int, s
     if backend is None:
         if q.device.type != "cuda":
             return "reference"
-        return next(name for name in BACKENDS if load_backend(name).refusal(q, v, intervals, softcap) is None)
+        reasons = {}
+        for name in BACKENDS:
+            reasons[name] = load_backend(name).refusal(q, v, intervals, softcap)
+            if reasons[name] is None:
+                break
+        # While torch.compile traces, a warning would break the graph.
+        if reasons["hopper"] and not torch.compiler.is_compiling():
+            if torch.cuda.get_device_capability(q.device) == (9, 0):
+                _announce(f"backend=None takes {name!r}: 'hopper', the fastest on this GPU, {reasons['hopper']}.")
+        return name
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None, got {backend!r}.")
     reason = load_backend(backend).refusal(q, v, intervals, softcap)
     if reason is not None:
         raise ValueError(f"backend={backend!r} {reason}. Name another, or pass backend=None to let the op choose.")
     return backend
+
+
+@cache
+def _announce(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 @torch.compiler.assume_constant_result

@@ -28,6 +28,7 @@ from fm_longctx.kernels.hopper.primitives import (
     next_stage,
     open_end,
     peek_back,
+    place_of,
     read_word,
     take,
     tile_before,
@@ -119,6 +120,7 @@ def _produce(
     p_counter,
     blocks,
     items,
+    last,
     n_q,
     heads,
     mask_batch,
@@ -133,12 +135,12 @@ def _produce(
     item = gl.program_id(0)
     stage, phase, turn = 0, 0, 0
     while item < items:
-        bh = item // blocks
+        place, bh = place_of(item, blocks, items // blocks, 1, last)
         b = bh // heads_kv
         h_kv = bh - b * heads_kv
         # The first query head's order serves the whole group of heads: it only decides when a block runs.
         group = (b % mask_batch) * mask_heads + h_kv * KV_SHARE // (heads // mask_heads)
-        block = gl.load(p_order + group * blocks + item - bh * blocks)
+        block = gl.load(p_order + group * blocks + place)
         together = _heads_together(p_tiles, p_order, group * blocks, blocks, KV_SHARE, ONE_LIST)
         total = 0
         for shared in range(KV_SHARE):
@@ -355,7 +357,7 @@ def _consume(
         tiles = read_word(item_s.index(0))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["last"])
 def backward_kernel(
     q_desc,
     k_desc,
@@ -382,6 +384,7 @@ def backward_kernel(
     n_k,
     blocks,
     items,
+    last,
     heads,
     mask_batch,
     mask_heads,
@@ -438,7 +441,7 @@ def backward_kernel(
                         BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
             (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s, word_s, item_s,
                         kv_full, kv_empty, full, empty, p_runs, p_first, p_count, p_tiles, p_order, p_counter,
-                        blocks, items, n_q, heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES,
+                        blocks, items, last, n_q, heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES,
                         ONE_LIST)),
         ],
         [4, 1],

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek, read_word, take, write_word
+from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek, place_of, read_word, take, write_word
 
 
 @gluon.jit
@@ -90,6 +90,7 @@ def _produce(
     p_counter,
     blocks,
     items,
+    last,
     heads,
     mask_batch,
     mask_heads,
@@ -102,8 +103,7 @@ def _produce(
     turn, i = 0, 0
     while item < items:
         # The query heads of a group one after the other, so that CTAs in flight read the same K and V.
-        place = item // KV_SHARE % blocks
-        bh = item // (KV_SHARE * blocks) * KV_SHARE + item % KV_SHARE
+        place, bh = place_of(item, blocks, items // blocks, KV_SHARE, last)
         b = bh // heads
         h = bh - b * heads
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
@@ -303,7 +303,7 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["last"])
 def forward_kernel(
     q_desc,
     k_desc,
@@ -324,6 +324,7 @@ def forward_kernel(
     n_k,
     blocks,
     items,
+    last,
     heads,
     mask_batch,
     mask_heads,
@@ -373,7 +374,7 @@ def forward_kernel(
                         BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER)),
             (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
                         q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
-                        blocks, items, heads, mask_batch, mask_heads,
+                        blocks, items, last, heads, mask_batch, mask_heads,
                         KV_SHARE, BLOCK_N, STAGES, INTERVALS)),
         ],
         [4, 1],

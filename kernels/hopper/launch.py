@@ -103,10 +103,21 @@ def _fused(h: int, h_kv: int, mask_heads: int, deterministic: bool) -> bool:
     return not deterministic and (h == h_kv or mask_heads <= h_kv)
 
 
-def _grid(items: int, device: torch.device) -> tuple[tuple[int], Tensor]:
-    """A CTA a processor at most, and the counter by which they take the items that remain."""
+def _grid(blocks: int, heads: int, together: int, device: torch.device) -> tuple[tuple[int], Tensor, int]:
+    """A CTA a processor at most, the counter by which they take the items that remain, and `last_heads`."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return (min(items, processors),), torch.zeros(1, dtype=torch.int32, device=device)
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    return (min(blocks * heads, processors),), counter, last_heads(blocks, heads, together, processors)
+
+
+def last_heads(blocks: int, heads: int, together: int, processors: int) -> int:
+    """How many of the last heads share one order, longest lists first, so that no long list remains for the end.
+
+    Heads one after the other, or `together` of them, keep what they share in the L2 cache. But whoever takes the last
+    head's longest list has it to do when the others are through, unless the heads of that order take all processors as
+    long: of a causal mask, whose longest list is 2 / blocks of a head's tiles, so many as have 2 lists a processor.
+    """
+    return min(heads, together * -(-2 * processors // (together * blocks)))
 
 
 def forward(
@@ -130,7 +141,7 @@ def forward(
     runs = tile_runs(mask, BLOCK_M, config.block_n, by_row=True)
     with torch.cuda.device_of(q):
         blocks = runs.order.shape[1]
-        grid, counter = _grid(blocks * h * b, q.device)
+        grid, counter, last = _grid(blocks, h * b, h // k.shape[2], q.device)
         forward_kernel[grid](
             _describe(q, 64),
             _describe(k, config.block_n),
@@ -150,6 +161,7 @@ def forward(
             n_k,
             blocks,
             blocks * h * b,
+            last,
             h,
             mask.batch,
             mask.heads,
@@ -208,7 +220,7 @@ def backward(
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
     with torch.cuda.device_of(q):
         blocks = runs.order.shape[1]
-        grid, counter = _grid(blocks * h_kv * b, q.device)
+        grid, counter, last = _grid(blocks, h_kv * b, 1, q.device)
         backward_kernel[grid](
             _describe(q, config.block_m),
             _describe(k, 64),
@@ -234,6 +246,7 @@ def backward(
             n_k,
             blocks,
             blocks * h_kv * b,
+            last,
             h,
             mask.batch,
             mask.heads,

@@ -141,6 +141,21 @@ def tile_before(run, tile, begin, partial, word, word_end):
 
 
 @gluon.jit
+def place_of(item, blocks, heads, together, last):
+    """Which list of which head (of all samples' heads) an item is: its place among the head's lists, longest first.
+
+    `together` heads at a time, at each place all of them; the `last` heads are one such group (see `launch.last_heads`).
+    Both divide what they divide: heads less last by together.
+    """
+    begin = (heads - last) * blocks
+    ends = item >= begin
+    first = gl.where(ends, heads - last, 0)
+    width = gl.where(ends, last, together)
+    rest = item - gl.where(ends, begin, 0)
+    return rest // width % blocks, first + rest // (width * blocks) * width + rest % width
+
+
+@gluon.jit
 def take(p_counter):
     """The next item of a persistent kernel, of which every CTA has taken its program id first."""
     return gl.num_programs(0) + gl.atomic_add(p_counter, 1)

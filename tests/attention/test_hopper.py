@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.cases import cases
 from fm_longctx import FlashMask, flashmask_attention
+from fm_longctx.attention import passes
 from fm_longctx.attention.passes import attention_forward
 from fm_longctx.mask import builders
 from tests.attention.oracle import DEVICE, check, dense_attention, random_inputs, visit_every_tile
@@ -128,5 +129,7 @@ def test_too_many_intervals_are_refused_by_name_and_served_by_choice():
     q, k, v = random_inputs(rows=n, d=64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="up to 3 intervals a column, got 10"):
         flashmask_attention(q, k, v, mask, backend="hopper")
-    chosen = flashmask_attention(q, k, v, mask)
+    passes._announce.cache_clear()
+    with pytest.warns(UserWarning, match="takes 'triton': .*up to 3 intervals a column, got 10"):
+        chosen = flashmask_attention(q, k, v, mask)
     assert torch.equal(chosen, flashmask_attention(q, k, v, mask, backend="triton"))

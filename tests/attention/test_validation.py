@@ -1,9 +1,13 @@
 """Every refusal says what was given and what to do."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fm_longctx import FlashMask, flashmask_attention
+from fm_longctx.attention import passes
 from fm_longctx.mask import builders
 from tests.attention.oracle import DEVICE, random_inputs
 
@@ -55,6 +59,28 @@ def test_backends():
     refused("backend='triton' takes float32, float16 or bfloat16, got torch.float64", *doubles, backend="triton")
     wide = random_inputs(batch=2, rows=8, heads=4, kv_heads=2, d=300)
     refused("head dimensions up to 256, got 300", *wide, backend="triton")
+
+
+def test_a_slower_choice_on_a_hopper_gpu_is_announced_once_a_reason(monkeypatch):
+    refusals = {"hopper": "takes masks of up to 3 intervals a column, got 4", "triton": None, "reference": None}
+    modules = {name: SimpleNamespace(refusal=lambda *_, text=text: text) for name, text in refusals.items()}
+    monkeypatch.setattr(passes, "load_backend", modules.__getitem__)
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    q = SimpleNamespace(device=torch.device("cuda"))
+    passes._announce.cache_clear()
+    with pytest.warns(UserWarning, match="takes 'triton': 'hopper', the fastest on this GPU, takes masks of up to 3"):
+        assert passes.resolve_backend(None, q, q, 4) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert passes.resolve_backend(None, q, q, 4) == "triton"  # said before
+        assert passes.resolve_backend("triton", q, q, 4) == "triton"  # asked for
+        capability = (8, 0)
+        passes._announce.cache_clear()
+        assert passes.resolve_backend(None, q, q, 4) == "triton"  # nothing else to expect
+        capability = (9, 0)
+        modules["hopper"].refusal = lambda *_: None
+        assert passes.resolve_backend(None, q, q, 4) == "hopper"
 
 
 def test_unknown_options_are_refused():
