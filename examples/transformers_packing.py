@@ -11,6 +11,7 @@ import argparse
 import random
 import tempfile
 
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from fm_longctx.integrations.transformers import (
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> list[float]:
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=options.cpu,
+            # Said where there is no GPU, too: otherwise transformers does not take several ranks for distributed.
+            use_cpu=options.cpu or not torch.cuda.is_available(),
         )
         trainer = LongTrainer(model, arguments, train_dataset=features(model.config.vocab_size), data_collator=collator)
         trainer.train()
