@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import PRESETS, SECTIONS, Cell, Sizes, section_cells
+from benchmarks.cells import PAPER_CASES, PRESETS, SECTIONS, Cell, Sizes, section_cells
 from benchmarks.crew import Crew, Timing, measure
 from benchmarks.environment import environment
 from benchmarks.peers import OURS, Settings
@@ -152,11 +152,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     preset.add_argument("--quick", action="store_true", help="a small part of each section")
     preset.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, our reference backend")
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), help="names or numbers; all if not given")
-    parser.add_argument("--cases", nargs="+", help="section 1: these masks only")
+    parser.add_argument(
+        "--cases", nargs="+", choices=PAPER_CASES, metavar="MASK", help=f"section 1: only of {', '.join(PAPER_CASES)}"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", help="section 1: these N only")
     parser.add_argument("--head-dims", type=int, nargs="+", help="section 1: these D; the last also in the others")
     parser.add_argument("--tokens", type=int, help="tokens in a batch (131072)")
-    parser.add_argument("--competitors", nargs="+", help="these only, of those that a section has; flex_tuned only so")
+    parser.add_argument(
+        "--competitors",
+        nargs="+",
+        choices=(*RACED, *ON_REQUEST, "reference"),
+        metavar="NAME",
+        help=f"these only, of those that a section has: {', '.join(RACED)}; {', '.join(ON_REQUEST)} only if named",
+    )
     parser.add_argument("--dense-limit", type=int, default=8192, help="longest N timed with an N x N mask")
     parser.add_argument(
         "--dense-cases", nargs="+", default=Settings.dense_cases, help="masks on which an N x N mask is timed"

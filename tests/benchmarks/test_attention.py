@@ -612,8 +612,9 @@ def test_options():
     assert attention.names_of("packs", options) == ["triton", "flex_tuned"]
     assert attention.names_of("memory", options) == ["triton"]
     assert attention.parse(["--smoke"]).out.name.startswith("smoke_")
-    with pytest.raises(SystemExit):
-        attention.parse(["--sections", "6"])
+    for misspelt in (["--sections", "6"], ["--competitors", "fa3"], ["--cases", "documents"]):
+        with pytest.raises(SystemExit):
+            attention.parse(misspelt)
 
 
 def test_rows_are_json(tmp_path):
