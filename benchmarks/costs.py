@@ -97,10 +97,10 @@ def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> 
 def _keys(backend: str, inputs: Inputs, mask: FlashMask, *, backward: bool = False) -> list[Key]:
     """(block_m, block_n, by_row) of the schedules that the forward, or forward and backward, read."""
     module = load_backend(backend)
-    q, v, intervals = inputs.q, inputs.v, mask.num_intervals
-    keys = list(module.schedules_needed(q, v, intervals, backward=False, deterministic=False))
+    q, v = inputs.q, inputs.v
+    keys = list(module.schedules_needed(q, v, mask, backward=False, deterministic=False))
     if backward:
-        needed = module.schedules_needed(q, v, intervals, backward=True, deterministic=False)
+        needed = module.schedules_needed(q, v, mask, backward=True, deterministic=False)
         keys += [key for key in needed if key not in keys]
     return keys
 

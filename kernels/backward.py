@@ -6,7 +6,16 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, split in two so that e
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, load_vector, read_run
+from fm_longctx.kernels.primitives import (
+    cap_scores,
+    fetch_rows,
+    hide,
+    load_bounds,
+    load_rows,
+    load_vector,
+    mask_group,
+    read_run,
+)
 
 
 @triton.jit
@@ -61,14 +70,15 @@ def backward_q_kernel(
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
     TMA: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+    group = mask_group(tl.program_id(2), tl.program_id(1), heads, mask_batch, mask_heads)
     first = group * tl.num_programs(0)
     block = tl.load(p_order + first + tl.program_id(0))
     p_bounds += group * stride_bg
-    h_kv = h // KV_SHARE
+    h_kv = (tl.program_id(1) // KV_SHARE).to(tl.int64)
 
     m0 = block * BLOCK_M
     o_m = m0 + tl.arange(0, BLOCK_M)
@@ -92,7 +102,7 @@ def backward_q_kernel(
         for tile in range(begin, end):
             n0 = tile * BLOCK_N
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-            bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
+            early = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
             # [BN, D], [BN, DV]
             b_k = fetch_rows(k, b, h_kv, n0, n_k, stride_kb, stride_kn, stride_kh, o_d, D, BLOCK_N, EVEN, UPCAST, TMA)
             b_v = fetch_rows(
@@ -104,6 +114,7 @@ def backward_q_kernel(
                 b_s = cap_scores(b_s, scale, softcap)
             b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[:, None])
             if partial:
+                bounds = load_bounds(p_bounds, o_n, stride_bi, True, INTERVALS) if LATE else early
                 diagonal = m0 < n0 + BLOCK_N - 1 - (n_k - n_q)
                 b_p = hide(
                     b_p, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, 0.0, CAUSAL,
@@ -180,8 +191,7 @@ def backward_kv_kernel(
     b, h_kv = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(0)
     # The first query head's order serves the whole group of heads: it only decides when a block runs.
-    mask_head = h_kv * KV_SHARE // (heads // mask_heads)
-    first = ((b % mask_batch) * mask_heads + mask_head) * blocks
+    first = mask_group(tl.program_id(2), tl.program_id(1) * KV_SHARE, heads, mask_batch, mask_heads) * blocks
     block = tl.load(p_order + first + tl.program_id(0))
 
     n0 = block * BLOCK_N
@@ -199,7 +209,7 @@ def backward_kv_kernel(
     # The query heads that share this key/value head are summed here, in order, instead of by atomics.
     for shared in range(KV_SHARE):
         h = h_kv * KV_SHARE + shared
-        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+        group = mask_group(tl.program_id(2), tl.program_id(1) * KV_SHARE + shared, heads, mask_batch, mask_heads)
         first_row_block = (b * heads + h) * row_blocks
         p_hidden = p_bounds + group * stride_bg
         bounds = load_bounds(p_hidden, o_n[:, None], stride_bi, True, INTERVALS)

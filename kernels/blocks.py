@@ -10,6 +10,9 @@ class Block(NamedTuple):
     stages: int
     tma: bool = False
     """The loop fetches by TMA: compute capability 9.0 and later."""
+    late: bool = False
+    """A partial tile reads its columns' intervals after the first product, not ahead of it: they then occupy no
+    registers while full tiles go by. Forward and dQ."""
 
 
 class Blocks(NamedTuple):
@@ -20,29 +23,59 @@ class Blocks(NamedTuple):
     """The dK, dV kernel."""
 
 
-# 16-bit inputs. Keys: (architecture, padded head dimension). 90 at D 64 and 128: by time on an H100 over causal, packed
-# causal documents, random eviction and a global sliding window at 32K (benchmarks/blocks.py). The others by the
-# compiler's resource report, unmeasured.
+# 16-bit inputs. Keys: (architecture, padded head dimension). By the compiler's resource report, unmeasured.
 _HALF = {
     (80, 64): Blocks(Block(128, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 8, 2)),
     (80, 128): Blocks(Block(128, 64, 8, 2), Block(64, 64, 4, 2), Block(32, 64, 8, 2)),
     (80, 256): Blocks(Block(32, 64, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 8, 1)),
-    (90, 64): Blocks(Block(128, 64, 4, 3), Block(64, 64, 4, 2, True), Block(128, 64, 4, 2, True)),
-    (90, 128): Blocks(Block(64, 64, 4, 3, True), Block(64, 64, 4, 2, True), Block(64, 64, 4, 2, True)),
     (90, 256): Blocks(Block(128, 64, 8, 2), Block(64, 32, 8, 1), Block(32, 64, 8, 1)),
     (100, 64): Blocks(Block(128, 64, 8, 3), Block(64, 64, 4, 2), Block(32, 64, 4, 1)),
     (100, 128): Blocks(Block(128, 64, 8, 3), Block(128, 32, 8, 3), Block(32, 64, 4, 2)),
     (100, 256): Blocks(Block(64, 64, 8, 2), Block(64, 32, 8, 1), Block(32, 32, 8, 1)),
 }
-# Masks without intervals, full and causal: almost all tiles are full, so that larger blocks waste nothing at the edges
-# of documents and windows, and have no bounds to hold.
-_HALF_WITHOUT_INTERVALS = {
-    (90, 64): Blocks(Block(128, 64, 4, 3), Block(128, 64, 8, 4, True), Block(64, 64, 4, 2, True)),
-    (90, 128): Blocks(Block(128, 128, 8, 3, True), Block(128, 64, 8, 4, True), Block(64, 128, 8, 4, True)),
+# Compute capability 9.0 at D up to 128: by time on an H100 (benchmarks/blocks.py, benchmarks/notes/portable.md). Large
+# blocks ask less of the L2 cache, small ones waste less at the edges of documents and windows, and two of them fill an
+# SM's waits. So it depends on how long the lists of tiles are, of which the host knows what `_lists` says.
+_HOPPER = {
+    64: {
+        "full": Blocks(Block(64, 128, 4, 2, True), Block(128, 64, 8, 4, True), Block(64, 64, 4, 2, True)),
+        "causal": Blocks(Block(128, 64, 4, 3), Block(128, 64, 8, 4, True), Block(64, 64, 4, 2, True)),
+        "one side": Blocks(
+            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 2, True, late=True), Block(128, 64, 4, 2, True)
+        ),
+        "one": Blocks(
+            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+        ),
+        "one, long": Blocks(
+            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+        ),
+        "two": Blocks(
+            Block(64, 64, 4, 4, True, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+        ),
+        "two, long": Blocks(
+            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+        ),
+        "more": Blocks(Block(64, 64, 4, 3), Block(64, 64, 4, 2, True), Block(128, 64, 4, 2, True)),
+    },
+    128: {
+        "full": Blocks(Block(128, 128, 8, 3, True), Block(128, 64, 8, 4, True), Block(64, 128, 8, 3, True)),
+        "causal": Blocks(Block(128, 128, 8, 3, True), Block(128, 64, 8, 4, True), Block(64, 128, 8, 3, True)),
+        "one side": Blocks(
+            Block(128, 128, 8, 3, True, late=True), Block(128, 64, 8, 3, True, late=True), Block(64, 128, 8, 3, True)
+        ),
+        "one": Blocks(Block(64, 64, 4, 3, True), Block(64, 64, 4, 2, True), Block(64, 64, 4, 2, True)),
+        "one, long": Blocks(
+            Block(128, 128, 8, 3, True, late=True), Block(128, 64, 8, 4, True, late=True), Block(64, 128, 8, 3, True)
+        ),
+        "two": Blocks(Block(64, 64, 4, 3, True, late=True), Block(64, 64, 4, 2, True), Block(64, 64, 4, 2, True)),
+        "two, long": Blocks(
+            Block(64, 64, 4, 3, True, late=True), Block(128, 64, 8, 4, True, late=True), Block(64, 128, 8, 3, True)
+        ),
+        "more": Blocks(Block(64, 64, 4, 3, True), Block(64, 64, 4, 2, True), Block(64, 64, 4, 2, True)),
+    },
 }
-# The forward where columns have three intervals or more: their bounds would spill in the block above. By report; with
-# two it was measured to be as fast.
-_FORWARD_OF_MANY = {(90, 64): Block(64, 64, 4, 3)}
+# Tokens from which documents and windows are taken to be long.
+_LONG = 65536
 # float32 products run on the plain arithmetic units; any architecture.
 _FULL = {
     64: Blocks(Block(64, 32, 4, 2), Block(64, 32, 8, 1), Block(32, 32, 8, 1)),
@@ -53,18 +86,29 @@ _FULL = {
 _INTERPRETED = Blocks(Block(32, 32, 1, 1), Block(32, 32, 1, 1), Block(32, 32, 1, 1))
 
 
-def choose(capability: tuple[int, int] | None, element_size: int, head_dim: int, intervals: int) -> Blocks:
-    """Blocks for a compute capability (None: interpreted), bytes an element, the larger of D and D_v, and intervals a
-    column."""
+def choose(
+    capability: tuple[int, int] | None, element_size: int, head_dim: int, intervals: int, causal: bool, columns: int
+) -> Blocks:
+    """Blocks for a compute capability (None: interpreted), bytes an element, the larger of D and D_v, and what is known
+    of a mask without looking at its intervals: how many there are a column, the diagonal, the columns."""
     if capability is None:
         return _INTERPRETED
     padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if element_size == 4:
         return _FULL[padded]
     architecture = 100 if capability >= (10, 0) else 90 if capability >= (9, 0) else 80
-    key = architecture, padded
+    if architecture == 90 and padded in _HOPPER:
+        return _HOPPER[padded][_lists(intervals, causal, columns)]
+    return _HALF[architecture, padded]
+
+
+def _lists(intervals: int, causal: bool, columns: int) -> str:
+    """A mask by how long its lists of tiles are likely to be: a key of `_HOPPER`."""
     if intervals == 0:
-        return _HALF_WITHOUT_INTERVALS.get(key, _HALF[key])
+        return "causal" if causal else "full"
+    if intervals == 1 and not causal:
+        # One end of each column: a prefix, or causal as a rank sees it. Documents and windows take two.
+        return "one side"
     if intervals > 2:
-        return _HALF[key]._replace(forward=_FORWARD_OF_MANY.get(key, _HALF[key].forward))
-    return _HALF[key]
+        return "more"
+    return ("one" if intervals == 1 else "two") + (", long" if columns >= _LONG else "")

@@ -6,7 +6,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's vi
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, read_run
+from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, mask_group, read_run
 
 
 @triton.jit
@@ -56,14 +56,15 @@ def forward_kernel(
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
     TMA: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+    group = mask_group(tl.program_id(2), tl.program_id(1), heads, mask_batch, mask_heads)
     first = group * tl.num_programs(0)
     block = tl.load(p_order + first + tl.program_id(0))
     p_bounds += group * stride_bg
-    h_kv = h // KV_SHARE
+    h_kv = (tl.program_id(1) // KV_SHARE).to(tl.int64)
 
     m0 = block * BLOCK_M
     o_m = m0 + tl.arange(0, BLOCK_M)
@@ -83,7 +84,7 @@ def forward_kernel(
         for tile in range(begin, end):
             n0 = tile * BLOCK_N
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-            bounds = load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS)
+            early = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
             # [BN, D]
             b_k = fetch_rows(k, b, h_kv, n0, n_k, stride_kb, stride_kn, stride_kh, o_d, D, BLOCK_N, EVEN, UPCAST, TMA)
             # [BM, BN]
@@ -91,6 +92,7 @@ def forward_kernel(
             if SOFTCAP:
                 b_s = cap_scores(b_s, scale, softcap)
             if partial:
+                bounds = load_bounds(p_bounds, o_n, stride_bi, True, INTERVALS) if LATE else early
                 diagonal = m0 < n0 + BLOCK_N - 1 - (n_k - n_q)
                 b_s = hide(
                     b_s, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, float("-inf"),
@@ -112,7 +114,8 @@ def forward_kernel(
             b_top = b_new
 
     seen = b_sum > 0.0
-    b_out = b_out / tl.where(seen, b_sum, 1.0)[:, None]
+    # One division a row, for a division takes as long as the work of several scores.
+    b_out = b_out * (1.0 / tl.where(seen, b_sum, 1.0))[:, None]
     b_lse = tl.where(seen, b_top * factor + tl.log(tl.where(seen, b_sum, 1.0)), float("-inf"))
     inside = o_m < n_q
     tl.store(p_lse + (b * heads + h) * n_q + o_m, b_lse, mask=inside)

@@ -45,10 +45,10 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
 
 
 def schedules_needed(
-    q: Tensor, v: Tensor, intervals: int, *, backward: bool, deterministic: bool
+    q: Tensor, v: Tensor, mask: FlashMask, *, backward: bool, deterministic: bool
 ) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
-    blocks = _blocks(q, v, intervals)
+    blocks = _blocks(q, v, mask)
     if not backward:
         return [(blocks.forward.m, blocks.forward.n, True)]
     return [(blocks.query.m, blocks.query.n, True), (blocks.key.m, blocks.key.n, False)]
@@ -71,7 +71,7 @@ def forward(
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-    block = _fetching(_blocks(q, v, mask.num_intervals).forward, k, v)
+    block = _fetching(_blocks(q, v, mask).forward, k, v)
     runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
         forward_kernel[(runs.order.shape[1], h, b)](
@@ -95,6 +95,7 @@ def forward(
             BLOCK_N=block.n,
             EVEN=block.tma or k.shape[1] % block.n == 0,
             TMA=block.tma,
+            LATE=block.late,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -140,7 +141,7 @@ def query_gradient(
     if q.numel() == 0 or k.shape[1] == 0:
         return dq.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    block = _fetching(_blocks(q, v, mask.num_intervals).query, k, v)
+    block = _fetching(_blocks(q, v, mask).query, k, v)
     runs = tile_runs(mask, block.m, block.n, by_row=True)
     with torch.cuda.device_of(q):
         backward_q_kernel[(runs.order.shape[1], q.shape[2], q.shape[0])](
@@ -166,6 +167,7 @@ def query_gradient(
             BLOCK_N=block.n,
             EVEN=block.tma or k.shape[1] % block.n == 0,
             TMA=block.tma,
+            LATE=block.late,
             num_warps=block.warps,
             num_stages=block.stages,
         )
@@ -190,7 +192,7 @@ def key_gradients(
     if q.numel() == 0 or k.shape[1] == 0:
         return dk.zero_(), dv.zero_()
     q, k, v, dout = (_rows_contiguous(x) for x in (q, k, v, dout))
-    block = _fetching(_blocks(q, v, mask.num_intervals).key, q, dout)
+    block = _fetching(_blocks(q, v, mask).key, q, dout)
     runs = tile_runs(mask, block.m, block.n, by_row=False)
     stats = row_statistics(lse, delta, block.m)
     with torch.cuda.device_of(q):
@@ -223,9 +225,10 @@ def key_gradients(
     return dk, dv
 
 
-def _blocks(q: Tensor, v: Tensor, intervals: int) -> Blocks:
+def _blocks(q: Tensor, v: Tensor, mask: FlashMask) -> Blocks:
+    shape = mask.num_intervals, mask.causal, mask.num_columns
     capability = None if _INTERPRETED else torch.cuda.get_device_capability(q.device)
-    return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]), intervals)
+    return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]), *shape)
 
 
 def _fetching(block: Block, *tensors: Tensor) -> Block:

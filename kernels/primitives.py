@@ -8,6 +8,15 @@ import triton.language as tl
 
 
 @triton.jit
+def mask_group(b, h, heads, mask_batch, mask_heads):
+    """Which of the B * H_mask masks sample b and query head h have, an int64.
+
+    b and h are 32-bit: a division of 64 bits takes a hundred instructions.
+    """
+    return ((b % mask_batch) * mask_heads + h // (heads // mask_heads)).to(tl.int64)
+
+
+@triton.jit
 def load_rows(
     p, first, count, stride, o_d, D: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr
 ):

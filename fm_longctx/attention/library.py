@@ -28,9 +28,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Differentiable out `[B, N_q, H, D_v]` and lse `[B, H, N_q]`; the arguments are valid and the backend is named."""
     module = load_backend(backend)
-    keys = module.schedules_needed(q, v, mask.num_intervals, backward=False, deterministic=deterministic)
+    keys = module.schedules_needed(q, v, mask, backward=False, deterministic=deterministic)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        needed = module.schedules_needed(q, v, mask.num_intervals, backward=True, deterministic=deterministic)
+        needed = module.schedules_needed(q, v, mask, backward=True, deterministic=deterministic)
         keys = keys + [key for key in needed if key not in keys]
     schedules: list[Tensor] = []
     for block_m, block_n, by_row in keys:

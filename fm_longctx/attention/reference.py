@@ -33,7 +33,7 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
 
 
 def schedules_needed(
-    q: Tensor, v: Tensor, intervals: int, *, backward: bool, deterministic: bool
+    q: Tensor, v: Tensor, mask: FlashMask, *, backward: bool, deterministic: bool
 ) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass reads."""
     return [(BLOCK_M, BLOCK_N, True)]

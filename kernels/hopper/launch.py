@@ -84,7 +84,7 @@ def refusal(q: Tensor, v: Tensor, intervals: int, softcap: float | None) -> str 
 
 
 def schedules_needed(
-    q: Tensor, v: Tensor, intervals: int, *, backward: bool, deterministic: bool
+    q: Tensor, v: Tensor, mask: FlashMask, *, backward: bool, deterministic: bool
 ) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
     d = q.shape[-1]
@@ -92,7 +92,7 @@ def schedules_needed(
     if not backward:
         return [by_row]
     if d not in BACKWARD:
-        return portable.schedules_needed(q, v, intervals, backward=True, deterministic=deterministic)
+        return portable.schedules_needed(q, v, mask, backward=True, deterministic=deterministic)
     by_column = (BACKWARD[d].block_m, BLOCK_N, False)
     # With grouped heads it depends on the mask's heads, and the forward has made this one.
     return [by_column, by_row] if deterministic or q.shape[2] > v.shape[2] else [by_column]

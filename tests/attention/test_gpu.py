@@ -89,6 +89,25 @@ def test_deterministic_mode_repeats_bit_for_bit(name, backend):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
+def test_a_step_never_waits_for_the_device(deterministic, backend):
+    """Nor does building the schedules of a mask that is new."""
+    q, k, v = random_inputs(rows=777, columns=1001, d=128, **SHAPE)
+    dout = torch.randn_like(q)
+    attend = attend_under(three_intervals(777, 1001).to(DEVICE), backend, deterministic=deterministic)
+    gradients(attend, q, k, v, dout)  # compiles
+    attend = attend_under(three_intervals(777, 1001).to(DEVICE), backend, deterministic=deterministic)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, _ = attend(*leaves)
+        torch.autograd.grad(out, leaves, dout)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            out.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_cuda_graph_of_forward_and_backward(deterministic, backend):
     rows, columns = 777, 1001
     mask = three_intervals(rows, columns).to(DEVICE)

@@ -230,7 +230,7 @@ def test_skipping_changes_no_bit(d):
     q, k, v = random_inputs(rows=n, d=d, dtype=torch.bfloat16)
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
     skipping = run(q, k, v, dout, None, mask, 0.1, deterministic=True)
-    assert len(launch.schedules_needed(q, v, mask.num_intervals, backward=True, deterministic=True)) == 2
+    assert len(launch.schedules_needed(q, v, mask, backward=True, deterministic=True)) == 2
     visit_every_tile(mask)
     forced = run(q, k, v, dout, None, mask, 0.1, deterministic=True)
     assert all(torch.equal(a, b) for a, b in zip(skipping, forced, strict=True))

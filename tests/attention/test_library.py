@@ -17,7 +17,7 @@ def inputs_and_mask(n=70, **kwargs):
 
 
 def needed(module, q, v, mask, backward):
-    return module.schedules_needed(q, v, mask.num_intervals, backward=backward, deterministic=False)
+    return module.schedules_needed(q, v, mask, backward=backward, deterministic=False)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -91,7 +91,9 @@ def test_nothing_visible_at_all(columns, backend):
     assert result.dq.eq(0).all() and result.dk.eq(0).all() and result.dv.eq(0).all()
 
 
-@pytest.mark.parametrize("d, d_v", [(32, 32), (64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize(
+    "d, d_v", [(32, 32), (64, 64), (80, 80), (96, 96), (96, 64), (128, 128), (192, 192), (192, 128), (256, 256)]
+)
 def test_head_dimensions(d, d_v, backend):
     n = 40
     mask = builders.causal_document([15, 25]).to(DEVICE)

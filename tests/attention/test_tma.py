@@ -12,7 +12,11 @@ from tests.attention.oracle import DEVICE, Result, check, gradients, random_inpu
 from tests.attention.variants import interval_variants
 
 SHAPE = {"batch": 2, "heads": 2, "kv_heads": 1}
-BLOCKS = Blocks(*[Block(32, 32, 1, 1, tma=True)] * 3) if DEVICE == "cpu" else choose((9, 0), 2, 128, 1)
+BLOCKS = (
+    Blocks(*[Block(32, 32, 1, 1, tma=True, late=True)] * 3)
+    if DEVICE == "cpu"
+    else choose((9, 0), 2, 128, 1, True, 1 << 17)
+)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
-from fm_longctx.kernels.blocks import choose
+from fm_longctx.kernels.blocks import Block, choose
 from fm_longctx.kernels.delta import delta_kernel
 from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
@@ -79,11 +79,23 @@ def main() -> None:
         print(json.dumps({"name": name} | report), flush=True)
 
 
-def portable(kind: str, dtype: str, capability: int, d: int, intervals: int, causal: int = 1) -> dict[str, Any]:
-    block = getattr(choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals), kind)
+def block_of(
+    kind: str, dtype: str, capability: int, d: int, intervals: int, causal: int = 1, columns: int = 8192
+) -> Block:
+    """The shipped block of a kernel: `forward`, `query` or `key`."""
+    blocks = choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals, bool(causal), columns)
+    return getattr(blocks, kind)
+
+
+def portable(
+    kind: str, dtype: str, capability: int, d: int, intervals: int, causal: int = 1, columns: int = 8192
+) -> dict[str, Any]:
+    block = block_of(kind, dtype, capability, d, intervals, causal, columns)
     constants = dict(KV_SHARE=4, INTERVALS=intervals, SOFTCAP=False, D=d, D_V=d, BLOCK_D=d, BLOCK_DV=d)
     constants |= dict(CAUSAL=bool(causal))
     constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN or block.tma, UPCAST=False, TMA=block.tma)
+    if kind != "key":
+        constants |= dict(LATE=block.late)
     options = dict(num_warps=block.warps, num_stages=block.stages)
     names = ("p_q", "q", "p_k", "k", "p_v", "v", "p_out", "p_dout", "dout", "p_dq", "p_dk", "p_dv")
     types = {name: f"*{dtype}" for name in names} | {"stats": "*fp32"}
@@ -169,8 +181,8 @@ HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward, 
 def resources(
     kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, int]
 ) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, ptxas's warnings, selects of PTX, and, of Gluon's, the order of wgmma
-    waits and exponentials."""
+    """Registers, spilled bytes, shared memory, ptxas's warnings, selects of PTX, for sm_90 accesses of spilled values
+    between the first product and the last, and, of Gluon's, the order of wgmma waits and exponentials."""
     signature: dict[str, str] = {}
     divisible = {}
     for index, name in enumerate(kernel.arg_names):
@@ -195,23 +207,24 @@ def resources(
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert spills and registers, log
+    sass = disassembled(compiled.asm["cubin"]) if capability == 90 else ""
     return {
         "registers": int(registers[1]),
         "spilled": int(spills[1]) + int(spills[2]),
         "shared": compiled.metadata.shared,
         "warnings": [line for line in log.splitlines() if "C75" in line],
         "selects": compiled.asm["ptx"].count("selp.f32"),
-        "order": order_of(compiled.asm["cubin"]) if kernel.is_gluon() else [],
+        "spilled_in_loop": len(re.findall(r"LDL|STL", "".join(sass.partition("HGMMA")[1:]).rpartition("HGMMA")[0])),
+        "order": re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass) if kernel.is_gluon() else [],
     }
 
 
-def order_of(cubin: bytes) -> list[str]:
+def disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _type(name: str) -> str:

@@ -1,5 +1,7 @@
 """Schedules against states counted in plain torch, whatever the mask; and what happens when runs find no room."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from fm_longctx import FlashMask
 from fm_longctx.kernels import schedule
+from fm_longctx.kernels.blocks import choose
 from fm_longctx.mask import builders
 from fm_longctx.mask.tiles import FULL, PARTIAL, SKIPPED, tile_states
 from tests.attention.oracle import DEVICE
@@ -94,11 +97,14 @@ def test_memory_at_a_million_tokens():
     """At most 64 MB a mask head, the three schedules of a training step together, whatever the mask."""
     n = 1 << 20
     starts = torch.empty((1, 1, 1, n), dtype=torch.int32, device="meta")
-    total = 0
-    for block_m, block_n, by_row in ((128, 64, True), (64, 64, True), (128, 64, False)):
-        groups, blocks, _, room = schedule._sizes(starts, n, block_m, block_n, by_row)
-        total += 4 * (2 * room + 3 * groups * blocks)
-    assert total <= 64e6
+    for d, intervals, causal in itertools.product((64, 128), range(5), (False, True)):
+        chosen = choose((9, 0), 2, d, intervals, causal, n)
+        needed = {(chosen.forward[:2], True), (chosen.query[:2], True), (chosen.key[:2], False)}
+        total = 0
+        for (block_m, block_n), by_row in needed:
+            groups, blocks, _, room = schedule._sizes(starts, n, block_m, block_n, by_row)
+            total += 4 * (2 * room + 3 * groups * blocks)
+        assert total <= 64e6
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
