@@ -26,13 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fm_longctx.kernels.hopper.primitives import (
     hide_columns,
     next_stage,
-    open_end,
-    peek_back,
+    open_walk,
+    peek_walk,
     place_of,
     read_word,
+    round_of,
     take,
-    tile_before,
     tma_reduce_add,
+    walk_on,
     write_word,
 )
 
@@ -76,7 +77,7 @@ def _fetch(
 
 
 @gluon.jit
-def _heads_together(p_tiles, p_order, first, blocks, KV_SHARE: gl.constexpr, ONE_LIST: gl.constexpr):
+def _heads_together(middle, longest, KV_SHARE: gl.constexpr, ONE_LIST: gl.constexpr):
     """How many query heads of a group are walked at each row-block; the others follow when the list is through.
 
     Lists of all lengths (documents, causal) would run apart from head to head: all at each row-block keeps those that
@@ -86,12 +87,23 @@ def _heads_together(p_tiles, p_order, first, blocks, KV_SHARE: gl.constexpr, ONE
     together = KV_SHARE
     if KV_SHARE > 1:
         if ONE_LIST:
-            longest = gl.load(p_tiles + first + gl.load(p_order + first))
-            middle = gl.load(p_tiles + first + gl.load(p_order + first + blocks // 2))
             together = gl.where(4 * middle < 3 * longest, KV_SHARE, 1)
         else:
             together = 1
     return together
+
+
+@gluon.jit
+def _from_end(place, h_kv, middle, longest, blocks, abreast, turns):
+    """Whether a list is walked from its end, so that CTAs in flight read and add to the same rows.
+
+    In the first of `launch.rounds` as many lists as there are CTAs begin together, and those of a document, or of a
+    causal mask, all see its last row: from there they keep step. In the next round lists begin as those end, the
+    longest first, each a tile after the one before, whose columns see a tile more: they keep step from the diagonal.
+    But not if one round is all that heads take and some lists are far longer than most.
+    """
+    ragged = (turns == 1) & (5 * middle < 2 * longest)
+    return ragged | (round_of(place, h_kv, blocks, abreast, turns) % 2 == 0)
 
 
 @gluon.jit
@@ -120,7 +132,9 @@ def _produce(
     p_counter,
     blocks,
     items,
+    abreast,
     last,
+    turns,
     n_q,
     heads,
     mask_batch,
@@ -135,13 +149,17 @@ def _produce(
     item = gl.program_id(0)
     stage, phase, turn = 0, 0, 0
     while item < items:
-        place, bh = place_of(item, blocks, items // blocks, 1, last)
+        place, bh = place_of(item, blocks, items // blocks, abreast, last)
         b = bh // heads_kv
         h_kv = bh - b * heads_kv
         # The first query head's order serves the whole group of heads: it only decides when a block runs.
         group = (b % mask_batch) * mask_heads + h_kv * KV_SHARE // (heads // mask_heads)
-        block = gl.load(p_order + group * blocks + place)
-        together = _heads_together(p_tiles, p_order, group * blocks, blocks, KV_SHARE, ONE_LIST)
+        p_blocks = p_order + group * blocks
+        block = gl.load(p_blocks + place)
+        longest = gl.load(p_tiles + group * blocks + gl.load(p_blocks))
+        middle = gl.load(p_tiles + group * blocks + gl.load(p_blocks + blocks // 2))
+        together = _heads_together(middle, longest, KV_SHARE, ONE_LIST)
+        back = _from_end(place, h_kv, middle, longest, blocks, abreast, turns)
         total = 0
         for shared in range(KV_SHARE):
             group = (b % mask_batch) * mask_heads + (h_kv * KV_SHARE + shared) // (heads // mask_heads)
@@ -160,7 +178,7 @@ def _produce(
             h0 = h_kv * KV_SHARE + outer * together
             group = (b % mask_batch) * mask_heads + h0 // (heads // mask_heads)
             at = group * blocks + block
-            run, tile, begin, partial = open_end(p_first, p_count, p_runs, at)
+            run, tile, end, partial = open_walk(p_first, p_count, p_runs, at, back)
             for _ in range(gl.load(p_tiles + at)):
                 for inner in range(together):
                     # fmt: off
@@ -168,8 +186,8 @@ def _produce(
                                           q_s, dout_s, stats_s, word_s, full, empty, b, heads, row_blocks,
                                           BLOCK_M, STAGES)
                     # fmt: on
-                word, word_end = peek_back(p_runs, run)
-                run, tile, begin, partial = tile_before(run, tile, begin, partial, word, word_end)
+                word, word_end = peek_walk(p_runs, run, back)
+                run, tile, end, partial = walk_on(run, tile, end, partial, word, word_end, back)
         item = take(p_counter)
     mbarrier.wait(kv_empty, turn ^ 1)
     write_word(item_s.index(0), -1)
@@ -357,7 +375,7 @@ def _consume(
         tiles = read_word(item_s.index(0))
 
 
-@gluon.jit(do_not_specialize=["last"])
+@gluon.jit(do_not_specialize=["abreast", "last", "turns"])
 def backward_kernel(
     q_desc,
     k_desc,
@@ -384,7 +402,9 @@ def backward_kernel(
     n_k,
     blocks,
     items,
+    abreast,
     last,
+    turns,
     heads,
     mask_batch,
     mask_heads,
@@ -441,8 +461,8 @@ def backward_kernel(
                         BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
             (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s, word_s, item_s,
                         kv_full, kv_empty, full, empty, p_runs, p_first, p_count, p_tiles, p_order, p_counter,
-                        blocks, items, last, n_q, heads, mask_batch, mask_heads, KV_SHARE, BLOCK_M, STAGES,
-                        ONE_LIST)),
+                        blocks, items, abreast, last, turns, n_q, heads, mask_batch, mask_heads,
+                        KV_SHARE, BLOCK_M, STAGES, ONE_LIST)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, 24],

@@ -19,7 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fm_longctx.kernels.hopper.primitives import hide_rows, next_tile, open_list, peek, place_of, read_word, take, write_word
+from fm_longctx.kernels.hopper.primitives import (
+    hide_rows,
+    next_tile,
+    open_list,
+    peek,
+    place_of,
+    read_word,
+    scale_rows,
+    take,
+    write_word,
+)
 
 
 @gluon.jit
@@ -90,6 +100,7 @@ def _produce(
     p_counter,
     blocks,
     items,
+    abreast,
     last,
     heads,
     mask_batch,
@@ -102,8 +113,7 @@ def _produce(
     item = gl.program_id(0)
     turn, i = 0, 0
     while item < items:
-        # The query heads of a group one after the other, so that CTAs in flight read the same K and V.
-        place, bh = place_of(item, blocks, items // blocks, KV_SHARE, last)
+        place, bh = place_of(item, blocks, items // blocks, abreast, last)
         b = bh // heads
         h = bh - b * heads
         group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
@@ -150,12 +160,17 @@ def _sum_in_thread(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _softmax(s, b_top, b_sum, scale_log2, BLOCK_N: gl.constexpr):
-    """p, the new maxima and (split) sums, and the factor by which older results decay."""
-    b_new = gl.maximum(b_top, gl.max(s, 1))
+    """p, the new anchors and (split) sums, and the factor by which older results decay.
+
+    A row's anchor, which p is relative to, is a maximum that it had. It moves only when p would exceed 256, which is
+    rare after the first tiles, and so is the scaling of older results.
+    """
+    b_new = gl.max(s, 1)
+    b_new = gl.where((b_new - b_top) * scale_log2 > 8.0, b_new, b_top)
     # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
     b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)
     p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor * scale_log2, 1))
-    # The difference first: an unchanged maximum then decays by exactly 1, so a tile that is hidden changes no bit.
+    # The difference first: an unchanged anchor then decays by exactly 1, so a tile that is hidden changes no bit.
     b_decay = gl.exp2((b_top - b_anchor) * scale_log2)
     split_decay = gl.expand_dims(gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout)), 1)
     return p, b_new, b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay
@@ -258,7 +273,7 @@ def _consume(
                 mbarrier.wait(full.index(stage), phase)
                 b_out = warpgroup_mma_wait(0, deps=(token,))
                 mbarrier.arrive(empty.index(stage), count=1)
-                b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
+                b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))
                 p = gl.convert_layout(p16, P)
                 i += 1
 
@@ -303,7 +318,7 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["last"])
+@gluon.jit(do_not_specialize=["abreast", "last"])
 def forward_kernel(
     q_desc,
     k_desc,
@@ -324,6 +339,7 @@ def forward_kernel(
     n_k,
     blocks,
     items,
+    abreast,
     last,
     heads,
     mask_batch,
@@ -374,7 +390,7 @@ def forward_kernel(
                         BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER)),
             (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
                         q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
-                        blocks, items, last, heads, mask_batch, mask_heads,
+                        blocks, items, abreast, last, heads, mask_batch, mask_heads,
                         KV_SHARE, BLOCK_N, STAGES, INTERVALS)),
         ],
         [4, 1],

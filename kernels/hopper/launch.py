@@ -103,21 +103,35 @@ def _fused(h: int, h_kv: int, mask_heads: int, deterministic: bool) -> bool:
     return not deterministic and (h == h_kv or mask_heads <= h_kv)
 
 
-def _grid(blocks: int, heads: int, together: int, device: torch.device) -> tuple[tuple[int], Tensor, int]:
-    """A CTA a processor at most, the counter by which they take the items that remain, and `last_heads`."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    counter = torch.zeros(1, dtype=torch.int32, device=device)
-    return (min(blocks * heads, processors),), counter, last_heads(blocks, heads, together, processors)
+def _grid(items: int, device: torch.device) -> tuple[tuple[int], Tensor]:
+    """A CTA a processor at most, and the counter by which they take the items that remain."""
+    return (min(items, _processors(device)),), torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def last_heads(blocks: int, heads: int, together: int, processors: int) -> int:
-    """How many of the last heads share one order, longest lists first, so that no long list remains for the end.
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
-    Heads one after the other, or `together` of them, keep what they share in the L2 cache. But whoever takes the last
-    head's longest list has it to do when the others are through, unless the heads of that order take all processors as
-    long: of a causal mask, whose longest list is 2 / blocks of a head's tiles, so many as have 2 lists a processor.
-    """
-    return min(heads, together * -(-2 * processors // (together * blocks)))
+
+class Rounds(NamedTuple):
+    """In which order a kernel takes the lists of all heads. A round is a list for each processor."""
+
+    abreast: int
+    """Heads that are walked at once, at each place (longest lists first) all of them: together about a round. With
+    fewer, whoever takes the last head's longest list would work alone at the end; what more heads read and add to is
+    more than the L2 cache holds."""
+    last: int
+    """So many in the last group."""
+    turns: int
+    """Rounds that such a group takes; 0 if it is not about a whole number of them."""
+
+
+def rounds(blocks: int, heads: int, shared: int, processors: int) -> Rounds:
+    """heads: of all samples, each with `blocks` lists; `shared` of them always go together."""
+    abreast = shared * max(1, round(processors / (shared * blocks)))
+    turns = max(1, round(abreast * blocks / processors))
+    if 5 * abs(abreast * blocks - turns * processors) > abreast * blocks:
+        turns = 0
+    return Rounds(abreast, heads % abreast or abreast, turns)
 
 
 def forward(
@@ -141,7 +155,9 @@ def forward(
     runs = tile_runs(mask, BLOCK_M, config.block_n, by_row=True)
     with torch.cuda.device_of(q):
         blocks = runs.order.shape[1]
-        grid, counter, last = _grid(blocks, h * b, h // k.shape[2], q.device)
+        grid, counter = _grid(blocks * h * b, q.device)
+        # The query heads of a group together: CTAs in flight read the same K and V.
+        order = rounds(blocks, h * b, h // k.shape[2], _processors(q.device))
         forward_kernel[grid](
             _describe(q, 64),
             _describe(k, config.block_n),
@@ -161,7 +177,8 @@ def forward(
             n_k,
             blocks,
             blocks * h * b,
-            last,
+            order.abreast,
+            order.last,
             h,
             mask.batch,
             mask.heads,
@@ -220,7 +237,8 @@ def backward(
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
     with torch.cuda.device_of(q):
         blocks = runs.order.shape[1]
-        grid, counter, last = _grid(blocks, h_kv * b, 1, q.device)
+        grid, counter = _grid(blocks * h_kv * b, q.device)
+        order = rounds(blocks, h_kv * b, 1, _processors(q.device))
         backward_kernel[grid](
             _describe(q, config.block_m),
             _describe(k, 64),
@@ -246,7 +264,11 @@ def backward(
             n_k,
             blocks,
             blocks * h_kv * b,
-            last,
+            order.abreast,
+            order.last,
+            # What one head reads and adds to is in the L2 cache anyway. And where all bits must be those of a walk that
+            # skips nothing, lists have one direction.
+            order.turns if fused and h > h_kv else 0,
             h,
             mask.batch,
             mask.heads,

@@ -4,6 +4,7 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
+from triton.language import core
 
 
 @gluon.jit
@@ -116,43 +117,51 @@ def next_tile(run, tile, end, partial, word, word_end):
 
 
 @gluon.jit
-def open_end(p_first, p_count, p_runs, at):
-    """As `open_list`, but from the end: the last run, its last tile, its first tile and flag."""
-    run = gl.maximum(gl.load(p_first + at) + gl.load(p_count + at) - 1, 0)
+def open_walk(p_first, p_count, p_runs, at, back):
+    """As `open_list`, from the list's end if `back`: a run, its first tile, last tile (as walked) and flag."""
+    run = gl.load(p_first + at)
+    run += gl.where(back, gl.maximum(gl.load(p_count + at) - 1, 0), 0)
     word = gl.load(p_runs + 2 * run)
-    return run, gl.load(p_runs + 2 * run + 1) - 1, word >> 1, word & 1
+    last = gl.load(p_runs + 2 * run + 1) - 1
+    return run, gl.where(back, last, word >> 1), gl.where(back, word >> 1, last), word & 1
 
 
 @gluon.jit
-def peek_back(p_runs, run):
-    """The run before this one, in flight."""
-    before = gl.maximum(run - 1, 0)
-    return gl.load(p_runs + 2 * before), gl.load(p_runs + 2 * before + 1)
+def peek_walk(p_runs, run, back):
+    """The run after this one in the order of the walk, in flight."""
+    run = gl.where(back, gl.maximum(run - 1, 0), run + 1)
+    return gl.load(p_runs + 2 * run), gl.load(p_runs + 2 * run + 1)
 
 
 @gluon.jit
-def tile_before(run, tile, begin, partial, word, word_end):
-    """One tile back; word and word_end: what `peek_back` read."""
-    more = tile > begin
-    run = gl.where(more, run, run - 1)
-    tile = gl.where(more, tile - 1, word_end - 1)
-    partial = gl.where(more, partial, word & 1)
-    return run, tile, gl.where(more, begin, word >> 1), partial
+def walk_on(run, tile, last, partial, word, word_end, back):
+    """One tile on; word and word_end: what `peek_walk` read."""
+    more = tile != last
+    step = gl.where(back, -1, 1)
+    run = gl.where(more, run, run + step)
+    tile = gl.where(more, tile + step, gl.where(back, word_end - 1, word >> 1))
+    last = gl.where(more, last, gl.where(back, word >> 1, word_end - 1))
+    return run, tile, last, gl.where(more, partial, word & 1)
 
 
 @gluon.jit
-def place_of(item, blocks, heads, together, last):
-    """Which list of which head (of all samples' heads) an item is: its place among the head's lists, longest first.
+def place_of(item, blocks, heads, abreast, last):
+    """Whose list an item of a persistent kernel is: its place among the head's lists (longest first), and the head.
 
-    `together` heads at a time, at each place all of them; the `last` heads are one such group (see `launch.last_heads`).
-    Both divide what they divide: heads less last by together.
+    heads: of all samples. They are walked `abreast` at a time, at each place all of them, and the `last` ones, fewer or
+    as many, by themselves: `launch.rounds` says why.
     """
     begin = (heads - last) * blocks
-    ends = item >= begin
-    first = gl.where(ends, heads - last, 0)
-    width = gl.where(ends, last, together)
-    rest = item - gl.where(ends, begin, 0)
+    first, width, rest = 0, abreast, item
+    if item >= begin:
+        first, width, rest = heads - last, last, item - begin
     return rest // width % blocks, first + rest // (width * blocks) * width + rest % width
+
+
+@gluon.jit
+def round_of(place, head, blocks, abreast, turns):
+    """The round in which a list begins, counted within its sample, if `abreast` heads take `turns` of them."""
+    return head // abreast * turns + place * turns // blocks
 
 
 @gluon.jit
@@ -184,3 +193,46 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
     """
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+class _Tuples:
+    """A code generator that calls a function with each argument's `pack` elements as one tuple."""
+
+    def __init__(self, generator, pack):
+        self.generator, self.pack = generator, pack
+
+    def call_JitFunction(self, function, elements, kwargs):
+        tuples = [core.tuple(elements[i : i + self.pack]) for i in range(0, len(elements), self.pack)]
+        return self.generator.call_JitFunction(function, tuples, kwargs)
+
+
+@builtin
+def map_threads(function, *args, pack, _semantic=None, _generator=None):
+    """function of what a thread holds of each tensor, as a tuple of `pack` elements; it may branch, each thread for
+    itself.
+
+    `map_elementwise` can do that, but would have the function name every element.
+    """
+    pack = core._unwrap_if_constexpr(pack)
+    generator = _Tuples(_generator, pack)
+    return core.map_elementwise(function, *args, pack=pack, _semantic=_semantic, _generator=generator)[0]
+
+
+@gluon.jit
+def _times_if_not_one(x, factor):
+    changes = factor[0] != 1.0
+    for i in gl.static_range(1, len(factor)):
+        changes = changes | (factor[i] != 1.0)
+    if changes:
+        product = (x[0] * factor[0],)
+        for i in gl.static_range(1, len(factor)):
+            product = product + (x[i] * factor[i],)  # noqa: RUF005 (Triton knows no other way)
+        x = product
+    return x
+
+
+@gluon.jit
+def scale_rows(x, factor):
+    """x `[64, D]` of one warpgroup times factor `[64]`, row by row; a thread whose rows' factors are all 1 skips it."""
+    D: gl.constexpr = x.shape[1]
+    return map_threads(_times_if_not_one, x, gl.expand_dims(factor, 1), pack=64 * D // 128)

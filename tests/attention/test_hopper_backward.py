@@ -133,6 +133,22 @@ def test_samples_of_a_batch_are_what_they_are_alone(d, deterministic):
             assert torch.equal(together.dq[sample], alone.dq)
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("processors, batch", [(8, 2), (4, 1), (16, 3)])
+def test_heads_and_lists_in_several_rounds(processors, batch, d, monkeypatch):
+    """As of long sequences on many processors: lists walked from either end, heads two at a time, a last one alone."""
+    n = 1000
+    visible = torch.ones(n, n, dtype=torch.bool).tril()
+    visible[500:, :470] = False
+    visible[900:, 600:650] = False
+    mask = FlashMask.from_dense(visible[None, None], max_intervals=3).to(DEVICE)
+    monkeypatch.setattr(launch, "_processors", lambda _: processors)
+    abreast, last, turns = launch.rounds(-(-n // 128), 3 * batch, 1, processors)
+    assert turns and (abreast, last) == ((2, 1) if processors == 16 else (1, 1))
+    q, k, v = random_inputs(batch=batch, rows=n, heads=6, kv_heads=3, d=d, dtype=torch.bfloat16)
+    check(q, k, v, mask, visible[None, None].to(DEVICE), deterministic=False)
+
+
 def test_grouped_heads_with_masks_of_their_own_take_the_repeatable_form():
     n = 300
     visible = torch.ones(1, 4, n, n, dtype=torch.bool)
