@@ -67,7 +67,8 @@ def flashmask_attention(
         return_lse: also return the log-sum-exp of each row's visible scores. It is differentiable.
         backend: `"hopper"` (H100, H200), `"triton"` (any recent NVIDIA GPU, or a CPU under Triton's interpreter),
             `"reference"` (any device), or None to choose: on a GPU the first of these that takes the inputs, reference
-            elsewhere. A named backend runs or raises; it never gives way to another.
+            elsewhere; if that is not `"hopper"` on a GPU made for it, a warning says why, once for each reason. A
+            named backend runs or raises; it never gives way to another.
         deterministic: bitwise repeatable gradients; also on while `torch.use_deterministic_algorithms(True)` is (with
             `warn_only` it is not). Outputs are always repeatable, and so are the gradients of `reference` and `triton`.
 

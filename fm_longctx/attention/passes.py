@@ -48,10 +48,10 @@ def resolve_backend(backend: str | None, q: Tensor, v: Tensor, intervals: int, s
             reasons[name] = load_backend(name).refusal(q, v, intervals, softcap)
             if reasons[name] is None:
                 break
+        refused = reasons["hopper"] is not None and torch.cuda.get_device_capability(q.device) == (9, 0)
         # While torch.compile traces, a warning would break the graph.
-        if reasons["hopper"] and not torch.compiler.is_compiling():
-            if torch.cuda.get_device_capability(q.device) == (9, 0):
-                _announce(f"backend=None takes {name!r}: 'hopper', the fastest on this GPU, {reasons['hopper']}.")
+        if refused and not torch.compiler.is_compiling():
+            _announce(f"backend=None takes {name!r}: 'hopper', the fastest on this GPU, {reasons['hopper']}.")
         return name
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None, got {backend!r}.")
