@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fm_longctx.attention.passes import attention_backward, attention_delta, attention_forward, load_backend
 from fm_longctx.mask import FlashMask
@@ -32,6 +33,11 @@ def attend(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         needed = module.schedules_needed(q, v, mask, backward=True, deterministic=deterministic)
         keys = keys + [key for key in needed if key not in keys]
+    if _is_plain(q, k, v):
+        for block_m, block_n, by_row in keys:
+            module.schedule(mask, block_m, block_n, by_row=by_row)
+        eager: tuple[Tensor, Tensor] = _Eager.apply(q, k, v, mask, scale, softcap, backend, deterministic)
+        return eager
     schedules: list[Tensor] = []
     for block_m, block_n, by_row in keys:
         schedules.extend(module.schedule(mask, block_m, block_n, by_row=by_row))
@@ -39,6 +45,63 @@ def attend(
     return _forward(
         q, k, v, mask.starts, mask.ends, schedules, flat_keys, mask.causal, scale, softcap, backend, deterministic
     )
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody looks on: no compiler, transform or dispatch mode, no subclass, no meta device.
+
+    Then the registered op would do nothing but cost time: its way takes as long as the kernels of a short sequence.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" for x in tensors)
+    )
+
+
+class _Eager(torch.autograd.Function):
+    """The op without its registration."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: FlashMask,
+        scale: float,
+        softcap: float | None,
+        backend: str,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = attention_forward(q, k, v, mask, scale=scale, softcap=softcap, backend=backend)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.mask, ctx.options = mask, (scale, softcap, backend, deterministic)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, softcap, backend, deterministic = ctx.options
+        dout = torch.zeros_like(out) if dout is None else dout
+        delta = attention_delta(out, dout, dlse, backend=backend)
+        grads = attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            ctx.mask,
+            scale=scale,
+            softcap=softcap,
+            backend=backend,
+            deterministic=deterministic,
+        )
+        return *grads, None, None, None, None, None
 
 
 def _mask(

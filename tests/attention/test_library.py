@@ -1,7 +1,12 @@
 """What PyTorch's other parts need of the op: opcheck, compile, checkpointing, autocast."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fm_longctx import flashmask_attention
@@ -53,6 +58,44 @@ def test_compiles_as_one_graph(backend, cold):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     got = torch.autograd.functional.vjp(compiled, (q, k, v), torch.ones_like(q))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+class Watched(TorchDispatchMode):
+    """Notes the names of our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [func.name()] if func.namespace == "fm_longctx" else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_op_is_registered_for_those_who_look_and_left_out_where_nobody_does(backend):
+    q, k, v, mask = inputs_and_mask()
+    results = []
+    for mode in (contextlib.nullcontext(), Watched()):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with mode:
+            out, lse = flashmask_attention(*leaves, mask, return_lse=True, backend=backend)
+            (out.square().sum() + lse[lse.isfinite()].sum()).backward()
+        results.append([out, lse, *(x.grad for x in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert mode.seen == ["fm_longctx::attention", "fm_longctx::attention_backward"]
+    with mock.patch.object(library, "_forward", side_effect=AssertionError("the registered op")):
+        flashmask_attention(q, k, v, mask, backend=backend)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        out = flashmask_attention(*(fake.from_tensor(x) for x in (q, k, v)), mask, backend=backend)
+        assert isinstance(out, FakeTensor) and out.shape == q.shape
+
+
+def test_there_is_no_second_derivative(backend):
+    q, k, v, mask = inputs_and_mask()
+    out = flashmask_attention(q.requires_grad_(), k, v, mask, backend=backend)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiate"):
+        dq.sum().backward()
 
 
 def test_activation_checkpointing_gives_the_same_gradients(backend):
