@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -72,6 +73,14 @@ def torch_is_strict() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """The backends choose the precision of each product themselves."""
+    # Asking is cheap, and turning off what is off is not.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -88,8 +97,7 @@ def attention_forward(
     N_q and N_k may be 0. Returns out `[B, N_q, H, D_v]` (q's dtype, or `out_dtype`) and lse `[B, H, N_q]`, float32 and
     natural log; a row without a visible column has out 0 and lse -inf.
     """
-    # The backends choose the precision of each product themselves.
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         return load_backend(backend).forward(
             q, k, v, mask, scale=scale, softcap=softcap, out_dtype=out_dtype or q.dtype
         )
@@ -123,7 +131,7 @@ def attention_backward(
     lse and delta `[B, H, N_q]` belong to the complete result, of which k, v and mask may be one part. Rows whose lse is
     -inf get gradient 0. `deterministic` asks for bitwise repeatable results.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         return load_backend(backend).backward(
             dout,
             q,
