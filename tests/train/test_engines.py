@@ -129,6 +129,11 @@ def curve(model, parallel, folder, precision="float32"):
             cp_size=world.cp_size,
             plan_options=config.parallel.plan_options,
         )
+        if precision == "bfloat16" and engine.name != "megatron":
+            # The masters, which are not rounded.
+            exact = dict(tiny_model(model).causal_lm.named_parameters())
+            rounded = {name for name, weight in engine.weights() if weight.numel() and not weight.equal(exact[name])}
+            assert not rounded
         history = []
         for step in range(STEPS):
             batches = [next(loader) for _ in range(config.train.gradient_accumulation)]

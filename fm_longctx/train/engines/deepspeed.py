@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fm_longctx.data import Batch
 from fm_longctx.integrations import deepspeed as plug
@@ -29,7 +30,7 @@ _FOLDER = "deepspeed"
 class DeepSpeedEngine(Engine):
     """ZeRO stage 1, 2 or 3 around a Hugging Face model; arguments as of `FsdpEngine`.
 
-    In bfloat16 the master weights start from rounded ones, since DeepSpeed makes them from the model's own.
+    In bfloat16 the float32 master weights start from the exact ones, as fsdp's do, not from the model's rounded ones.
     """
 
     name = "deepspeed"
@@ -56,6 +57,8 @@ class DeepSpeedEngine(Engine):
         place(model, config, settings, device=world.device, partition=self.stage == 3)
         optimizer = make_optimizer(model.parameters(), config.optimizer, world.device)
         self.engine = plug.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        if dtype == torch.bfloat16:
+            self._exact_masters(config)
 
     def gradients(self, batches: Sequence[Batch]) -> StepResult:
         world, engine = self.world, self.engine
@@ -128,6 +131,25 @@ class DeepSpeedEngine(Engine):
                 # The masters are what training goes on from.
                 whole = deepspeed.utils.safe_get_full_fp32_param(parameter).view(shape)
             yield name, whole.cpu() if self.world.rank == 0 else whole.new_empty(0, device="cpu")
+
+    @torch.no_grad()
+    def _exact_masters(self, config: Config) -> None:
+        """Give the masters, which DeepSpeed has made from the rounded weights, the digits that those have lost: the first
+        updates are often smaller than these."""
+        import deepspeed
+
+        world, causal_lm = self.world, self.model.causal_lm
+        first = first_weights(causal_lm, config.model, device=world.device, seed=config.train.seed)
+        for name, parameter in causal_lm.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            exact = first(name, torch.empty(shape, dtype=torch.float32, device="meta"))
+            if self.stage < 3:
+                deepspeed.utils.safe_set_full_fp32_param(parameter, exact)
+                continue
+            # A rank's part; DeepSpeed's own way for the whole fails where the parts are padded.
+            size = deepspeed.utils.safe_get_local_fp32_param(parameter).numel()
+            flat = functional.pad(exact.flatten(), (0, size * world.size - exact.numel()))
+            deepspeed.utils.safe_set_local_fp32_param(parameter, flat[size * world.rank :][:size])
 
     def _norm(self) -> float:
         """The gradient's norm, which DeepSpeed itself takes only as it steps; nan where DeepSpeed has -1."""
