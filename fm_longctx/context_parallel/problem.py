@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +22,8 @@ Bools = npt.NDArray[np.bool_]
 TOLERANCE = 0.015
 # 1% of imbalance beyond the tolerance weighs like at least 5% of an all-gather, however slow the link is said to be.
 _LEAST_PRICE = 5.0
+# Ranks x chunks from which on compiled loops are worth their loading.
+_MANY_CELLS = 1000
 
 
 class Assignment(NamedTuple):
@@ -98,7 +104,7 @@ class Problem:
         first, end, total = int(begins[0]), int(begins[-1] + counts[-1]), int(counts.sum())
         if end - first <= 2 * total:
             return slice(first, end)
-        return np.arange(total) + (begins - (counts.cumsum() - counts)).repeat(counts)
+        return ranges(begins, counts)
 
     @cached_property
     def reach(self) -> Floats:
@@ -157,3 +163,41 @@ def merging_rows(needs: Needs, sizes: Ints, owners: Ints, world_size: int) -> Fl
     sees = np.zeros(len(sizes), dtype=bool)
     sees[needs.rows[owners[needs.rows] != owners[needs.columns]]] = True
     return np.bincount(owners, sizes * sees, world_size).astype(np.float64)
+
+
+def compiled(problem: Problem) -> ModuleType | None:
+    """The compiled forms of `peel` and `swap`, where numba is installed and there is enough to do for them."""
+    return _loops() if problem.world_size * problem.chunks >= _MANY_CELLS else None
+
+
+@cache
+def _loops() -> ModuleType | None:
+    if find_spec("numba") is None:
+        return None
+    try:
+        return import_module("fm_longctx.context_parallel.compiled")
+    except (ImportError, RuntimeError) as error:
+        # A numba that does not fit this numpy, or that finds no folder to keep what it compiles in.
+        warnings.warn(f"plans are made without numba, and slower: {error}", stacklevel=2)
+        return None
+
+
+def ranges(begins: Ints, counts: Ints) -> Ints:
+    """The integers from each of `begins` on, so many of each, one after the other.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    ends = counts.cumsum()
+    return np.arange(ends[-1] if len(ends) else 0) + (begins - (ends - counts)).repeat(counts)
+
+
+def largest(values: Floats, count: int) -> Ints:
+    """Where the largest are, largest first; of equal ones the first, on whatever machine."""
+    if count < len(values):
+        least = np.partition(values, len(values) - count)[len(values) - count]
+        top = (values >= least).nonzero()[0]
+    else:
+        top = np.arange(len(values))
+    where: Ints = top[np.argsort(-values[top], kind="stable")[:count]]
+    return where

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from fm_longctx.context_parallel.coverage import Floats, Ints
-from fm_longctx.context_parallel.problem import TOLERANCE, Problem
+from fm_longctx.context_parallel.problem import TOLERANCE, Bools, Problem, compiled, largest, ranges
 
 # What load beyond the tolerance costs, in sequences received per mean load: balance first, then traffic.
 _OVERLOAD_PRICE = 50.0
-# A rank that sends more than this many times what ranks send on average is one that others wait for. What a column
-# above it costs, in columns received.
-_SENDS = 1.25
-_SEND_PRICE = 1.0
+# A rank that sends more than this many times what ranks send on average is one that others wait for: a column above it
+# costs as much as one received.
+SENDS = 1.25
 # Bounds the time: rounds x what a round walks over.
 _MOST_WORK = 3_400_000
 _MOST_CELLS = 1 << 23
 # Pairs worked out exactly before a rank is given up.
-_TRIES = 8
+TRIES = 8
+# Ranks whose needs are counted together.
+_AT_ONCE = 8
+_BOTH = np.array([[0], [1]])
 
 
 def swap(problem: Problem, owners: Ints) -> Ints:
@@ -26,150 +27,234 @@ def swap(problem: Problem, owners: Ints) -> Ints:
 
     Traffic is what all ranks receive, and what the busiest ones send: the first rows of a long document are wanted by
     every rank that has later ones, so they should not lie with one rank.
+
+    Args:
+        owners: `[chunks]`: equally many chunks for every rank.
     """
-    if problem.world_size == 1 or problem.mean_load <= 0 or problem.world_size * problem.chunks > _MOST_CELLS:
+    ranks = problem.world_size
+    if ranks == 1 or problem.mean_load <= 0 or ranks * problem.chunks > _MOST_CELLS:
         return owners
-    state = _Traffic(problem, owners.copy())
-    # Of each measure, in mean loads: how far every rank is above its limit.
-    loads = problem.loads / np.maximum(problem.mean_loads, 1e-30)[:, None]
-    above = np.stack([np.bincount(owners, load, problem.world_size) for load in loads]) - (1 + TOLERANCE)
-    price = _OVERLOAD_PRICE * float(problem.sizes.sum())
-    stuck = np.zeros(problem.world_size, dtype=bool)
-    mixed = bool(problem.odd.any())
-    work_a_round = len(problem.needs.rows) + problem.world_size * problem.chunks // 2
-    for _ in range(min(3 * problem.world_size, max(8, _MOST_WORK // work_a_round))):
+    members, values, above = limits(problem, owners)
+    work_a_round = len(problem.needs.rows) + ranks * problem.chunks // 2
+    rounds = min(3 * ranks, max(8, _MOST_WORK // work_a_round))
+    if loops := compiled(problem):
+        better: Ints = loops.swap_chunks(problem, owners, members, values, above, rounds)
+        return better
+    state = _State(problem, owners, members, values, above)
+    stuck = np.zeros(ranks, dtype=bool)
+    last: set[int] = set()
+    for _ in range(rounds):
         if stuck.all():
             break
-        demand = state.incoming.sum(0)
-        sent = np.bincount(state.owners, demand, problem.world_size)
-        allowed = _SENDS * float(sent.mean())
-        order = np.lexsort((-state.received, -np.maximum(sent - allowed, 0), -np.maximum(above, 0).sum(0)))
-        rank = int(order[~stuck[order]][0])
-        own = state.owners == rank
-        mine, theirs = own.nonzero()[0], (~own).nonzero()[0]
-        others = state.owners[theirs]
-        moved = demand[mine][:, None] - demand[theirs]
-        bonus = _SEND_PRICE * _relief(sent[rank] - allowed, sent[others] - allowed, moved)
-        for load, over in zip(loads, above, strict=True):
-            bonus += price * _relief(over[rank], over[others], load[mine][:, None] - load[theirs])
-        gain = state.estimate(rank, mine, theirs) + bonus
-        if mixed:
-            gain[problem.odd[mine][:, None] != problem.odd[theirs]] = -np.inf
+        rank = state.neediest(~stuck)
         stuck[rank] = True
-        # The estimate looks at the two chunks one by one; the best few are worked out.
-        for pair in _largest(gain.ravel(), _TRIES):
-            i, j = divmod(int(pair), len(theirs))
-            if gain[i, j] <= 0:
-                break
-            other = int(state.owners[theirs[j]])
-            if state.try_swap(int(mine[i]), int(theirs[j]), float(bonus[i, j])):
-                shift = loads[:, mine[i]] - loads[:, theirs[j]]
-                above[:, rank] -= shift
-                above[:, other] += shift
+        for i, j, bonus in state.promising(rank):
+            if state.try_swap(i, j, bonus):
+                if last == {i, j}:
+                    # What one exchange gains the next undoes: it would go on to and fro.
+                    return state.owners
+                last = {i, j}
                 stuck[:] = False
                 break
     return state.owners
 
 
-def _relief(mine: float, theirs: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]) -> Floats:
-    """How much less two ranks are above a limit together, so far above it each, once the first gives away `shift`."""
-    after, received = mine - shift, theirs + shift
-    np.maximum(after, 0, out=after)
-    np.maximum(received, 0, out=received)
-    after += received
-    relief: Floats = (max(mine, 0.0) + np.maximum(theirs, 0)) - after
-    return relief
+def limits(problem: Problem, owners: Ints) -> tuple[Ints, Floats, Floats]:
+    """What a search begins with.
+
+    Returns:
+        members: `[ranks, chunks of a rank]`, ascending.
+        values: `[measures + 1, chunks]`: what a rank may have so much of: loads, at what overload costs, and columns
+            that are sent, which are still to be counted.
+        above: `[measures + 1, ranks]`: how far ranks are above what they may have.
+    """
+    price = _OVERLOAD_PRICE * float(problem.sizes.sum())
+    loads = problem.loads * (price / np.maximum(problem.mean_loads, 1e-30))[:, None]
+    members = np.argsort(owners, kind="stable").reshape(problem.world_size, -1)
+    overload = loads[:, members].sum(2) - price * (1 + TOLERANCE)
+    values, above = (np.concatenate([x, np.zeros((1, x.shape[1]))]) for x in (loads, overload))
+    return members, values, above
 
 
-def _largest(values: Floats, count: int) -> Ints:
-    """Where the largest are, largest first; of equal ones the first."""
-    count = min(count, len(values))
-    top = np.sort(np.argpartition(values, len(values) - count)[len(values) - count :])
-    return top[np.argsort(-values[top], kind="stable")]
+class _State:
+    """An assignment, the columns that its ranks receive, and what exchanging two chunks would change."""
 
-
-class _Traffic:
-    """The columns that ranks receive under an assignment, and what moving a chunk would change."""
-
-    def __init__(self, problem: Problem, owners: Ints) -> None:
-        self.problem, self.owners = problem, owners
+    def __init__(self, problem: Problem, owners: Ints, members: Ints, values: Floats, above: Floats) -> None:
+        self.problem, self.owners = problem, owners.copy()
+        self.members, self.values, self.above = members, values, above
         ranks, chunks = problem.world_size, problem.chunks
-        self.received = np.zeros(ranks)
-        """[ranks]: columns received."""
+        self.most, self.second = np.zeros((ranks, chunks)), np.zeros((ranks, chunks))
+        """[rank, chunk]: columns of it that the one of the rank's chunks needs that needs most, and that the next does.
+        """
+        self.have = np.zeros((ranks, chunks))
+        """[rank, chunk]: `most`, infinite for its own."""
         self.incoming = np.zeros((ranks, chunks))
         """[rank, chunk]: columns of it received."""
-        self.joining = np.zeros((ranks, chunks))
-        """[rank, chunk]: columns that a rank would receive more if it owned the chunk too."""
+        self.received = np.zeros(ranks)
+        """[ranks]: columns received."""
         self.leaving = np.zeros(chunks)
         """[chunk]: columns that its rank would receive less without it."""
-        self.top = np.zeros((ranks, chunks), dtype=np.int64)
-        """[rank, chunk]: which of the rank's chunks needs most of it."""
-        self.most, self.second = np.zeros((ranks, chunks)), np.zeros((ranks, chunks))
-        """[rank, chunk]: how many columns that one needs, and how many the next."""
-        for rank in range(ranks):
-            self._update(rank)
+        self.mixed = bool(problem.odd.any())
+        for first in range(0, ranks, _AT_ONCE):
+            self._count(np.arange(first, min(first + _AT_ONCE, ranks)))
+        self._send(self.incoming.sum(0))
 
-    def estimate(self, rank: int, mine: Ints, theirs: Ints) -> Floats:
-        """Columns saved by exchanging a chunk of `mine`, the rank's, for one of `theirs`, `[mine, theirs]`."""
-        saved = self.leaving[mine][:, None] + (self.leaving[theirs] - self.joining[rank, theirs])
-        return saved - self.joining[self.owners[theirs], mine[:, None]]
+    def neediest(self, among: Bools) -> int:
+        """Of some ranks the one with most overload; without any the one that sends most above what it may; else the one
+        that receives most."""
+        for key in (np.maximum(self.above[:-1], 0).sum(0), self.above[-1], self.received):
+            rank = int(np.where(among, key, 0.0).argmax())
+            if key[rank] > 0 and among[rank]:
+                return rank
+        return int(among.argmax())
+
+    def joining(self, rank: int) -> Floats:
+        """`[chunks]`: columns that the rank would receive more if it owned the chunk too."""
+        # A chunk that joins brings its needs, and its own columns need no longer travel.
+        problem, have = self.problem, self.have[rank]
+        of, needs = problem.entries_of(have.nonzero()[0]), problem.transposed[1]
+        less = np.minimum(needs.keys[of], have[needs.columns[of]])
+        return problem.reach - np.bincount(needs.rows[of], less, problem.chunks) - self.incoming[rank]
+
+    def joined_by(self, chunks: Ints) -> Floats:
+        """`[ranks, chunks]`: the same of a few chunks and every rank but theirs."""
+        problem = self.problem
+        counts = problem.row_counts[chunks]
+        entries = ranges(problem.by_row[chunks], counts)
+        joined = problem.reach[chunks] - self.incoming[:, chunks]
+        if len(entries):
+            less = np.minimum(problem.needs.keys[entries], self.have[:, problem.needs.columns[entries]])
+            some = counts.nonzero()[0]
+            joined[:, some] -= np.add.reduceat(less, (counts.cumsum() - counts)[some], axis=1)
+        return joined
+
+    def promising(self, rank: int) -> list[tuple[int, int, float]]:
+        """Pairs of a chunk of the rank's and one of another's whose exchange seems to lower the cost, the best first;
+        with what is gained by each but in columns received.
+
+        The estimate takes the two chunks one by one, and what is sent of each chunk as unchanged.
+        """
+        mine, theirs = self.members[rank], (self.owners != rank).nonzero()[0]
+        of = self.owners[theirs]
+        above = np.maximum(self.above, 0)
+        most = (above + above[:, rank, None]).sum(0)
+        by_mine = self.leaving[mine] - self.joined_by(mine)
+        by_theirs = self.leaving[theirs] - self.joining(rank)[theirs]
+        # [mine, theirs]
+        saved = by_mine.T[:, of]
+        saved += by_theirs
+        if self.mixed:
+            saved[self.problem.odd[mine][:, None] != self.problem.odd[theirs]] = -np.inf
+        i, j = (saved > -most[of]).nonzero()
+        if 4 * len(i) > saved.size:
+            i, j = np.divmod(self._likeliest(rank, mine, theirs, saved + most[of]), len(theirs))
+        bonus = self._relief(rank, mine[i], theirs[j])
+        gain = saved[i, j] + bonus
+        best = largest(gain, TRIES)
+        best = best[gain[best] > 0]
+        return list(zip(mine[i[best]].tolist(), theirs[j[best]].tolist(), bonus[best].tolist(), strict=True))
+
+    def _likeliest(self, rank: int, mine: Ints, theirs: Ints, gain: Floats) -> Ints:
+        """Of very many pairs the few best, but for rounding: where they are in `gain`, ascending.
+
+        Args:
+            gain: `[mine, theirs]`, what they would save if nobody were above what it may have afterwards.
+        """
+        for value, above in zip(self.values, self.above, strict=True):
+            # Of two whose excess is x + y together, max(x, 0) + max(y, 0) is half of x + y + max(|x - y|, |x + y|).
+            half = 0.5 * (above[rank] + above[self.owners[theirs]])
+            after = (above[rank] - value[mine])[:, None] + (value[theirs] - half)
+            np.abs(after, out=after)
+            gain -= np.maximum(after, np.abs(half), out=after)
+            gain -= half
+        return np.sort(largest(gain.ravel(), 2 * TRIES))
+
+    def _relief(self, rank: int, mine: Ints, theirs: Ints) -> Floats:
+        """`[pairs]`: how much less the rank and another are above what they may have, once they exchange two chunks."""
+        above, beside = self.above[:, rank, None], self.above[:, self.owners[theirs]]
+        shift = self.values[:, mine] - self.values[:, theirs]
+        after = np.maximum(above - shift, 0) + np.maximum(beside + shift, 0)
+        relief: Floats = ((np.maximum(above, 0) + np.maximum(beside, 0)) - after).sum(0)
+        return relief
 
     def try_swap(self, i: int, j: int, bonus: float) -> bool:
         """Exchange chunks i and j if columns saved and bonus are together above 0."""
-        a, b = int(self.owners[i]), int(self.owners[j])
-        self.owners[i], self.owners[j] = b, a
-        saved = self.received[a] + self.received[b] - self._needed(a, i, j) - self._needed(b, j, i)
-        if saved + bonus <= 0:
-            self.owners[i], self.owners[j] = a, b
+        both = self.owners[[i, j]]
+        incoming = self._incoming(both, i, j)
+        if float(self.received[both].sum() - incoming.sum()) + bonus <= 0:
             return False
-        self._update(a)
-        self._update(b)
+        a, b = both.tolist()
+        demand = self.values[-1] + (incoming.sum(0) - self.incoming[both].sum(0))
+        self.owners[i], self.owners[j] = b, a
+        shift = self.values[:-1, i] - self.values[:-1, j]
+        self.above[:-1, a] -= shift
+        self.above[:-1, b] += shift
+        for rank, gone, come in ((a, i, j), (b, j, i)):
+            row = self.members[rank]
+            row[row == gone] = come
+            row.sort()
+        self._count(both)
+        self._send(demand)
         return True
 
-    def _needed(self, rank: int, gone: int, come: int) -> float:
-        """Columns that the rank receives, by the owners as they are now, once one chunk has left and one has come."""
-        needs = self.problem.needs
-        have = np.where(self.top[rank] == gone, self.second[rank], self.most[rank])
-        entries = slice(self.problem.by_row[come], self.problem.by_row[come + 1])
-        columns = needs.columns[entries]
-        have[columns] = np.maximum(have[columns], needs.keys[entries])
-        have[self.owners == rank] = 0
-        return float(have.sum())
+    def _send(self, demand: Floats) -> None:
+        """What ranks send above what they may, if so much is wanted of each chunk, `[chunks]`."""
+        sent = np.bincount(self.owners, demand, self.problem.world_size)
+        self.values[-1], self.above[-1] = demand, sent - SENDS * float(sent.mean())
 
-    def _update(self, rank: int) -> None:
+    def _incoming(self, ranks: Ints, i: int, j: int) -> Floats:
+        """`[2, chunks]`: columns of each that two ranks would receive if the first gave i for the other's j."""
+        needed = self.most[ranks]
+        for of_rank, second, gone, come in ((needed[0], ranks[0], i, j), (needed[1], ranks[1], j, i)):
+            columns, keys = self._needs(gone)
+            most = of_rank[columns]
+            # Of two that need equally many the next needs as many.
+            of_rank[columns] = np.where(keys < most, most, self.second[second, columns])
+            columns, keys = self._needs(come)
+            of_rank[columns] = np.maximum(of_rank[columns], keys)
+        given = needed[0, i], needed[1, j]
+        needed[_BOTH, self.members[ranks]] = 0
+        needed[0, i], needed[1, j] = given
+        needed[0, j] = needed[1, i] = 0
+        return needed
+
+    def _needs(self, chunk: int) -> tuple[Ints, Floats]:
+        entries = slice(self.problem.by_row[chunk], self.problem.by_row[chunk + 1])
+        return self.problem.needs.columns[entries], self.problem.needs.keys[entries]
+
+    def _count(self, ranks: Ints) -> None:
+        """What is known of some ranks' needs, anew."""
         problem, needs = self.problem, self.problem.needs
-        own = self.owners == rank
-        mine = own.nonzero()[0]
-        begins, counts = problem.by_row[mine], problem.row_counts[mine]
-        row = np.arange(len(mine)).repeat(counts)
-        entries = np.arange(len(row)) + (begins - (counts.cumsum() - counts)).repeat(counts)
+        mine = self.members[ranks]
+        counts = problem.row_counts[mine].ravel()
+        entries = ranges(problem.by_row[mine].ravel(), counts)
         columns = needs.columns[entries]
-        seen = np.zeros(len(own), dtype=bool)
+        seen = np.zeros(problem.chunks, dtype=bool)
         seen[columns] = True
         # Of many chunks a rank needs few.
         some = seen.nonzero()[0]
-        table = np.zeros((len(mine), len(some)))
-        table[row, (seen.cumsum() - 1)[columns]] = needs.keys[entries]
+        table = np.zeros((mine.size, len(some)))
+        table[np.arange(mine.size).repeat(counts), (seen.cumsum() - 1)[columns]] = needs.keys[entries]
+        table = table.reshape(*mine.shape, -1)
 
-        everywhere = np.arange(len(some))
-        top = table.argmax(0)
-        most = table[top, everywhere]
-        table[top, everywhere] = 0
-        second = table.max(0)
-        for values, default, found in (
-            (self.top, mine[0], mine[top]),
-            (self.most, 0, most),
-            (self.second, 0, second),
-            (self.incoming, 0, np.where(own[some], 0, most)),
+        of = ranks[:, None]
+        nth, everywhere = np.arange(len(ranks))[:, None], np.arange(len(some))
+        top = table.argmax(1)
+        most = table[nth, top, everywhere]
+        table[nth, top, everywhere] = 0
+        second = table.max(1)
+        elsewhere = self.owners[some] != of
+        incoming = most * elsewhere
+        for values, found in (
+            (self.most, most),
+            (self.have, most),
+            (self.second, second),
+            (self.incoming, incoming),
         ):
-            values[rank] = default
-            values[rank, some] = found
-        self.received[rank] = self.incoming[rank].sum()
-        # A chunk that joins brings its needs, and its own columns need no longer travel; one that leaves the reverse.
-        have = np.where(own, np.inf, self.most[rank])
-        by_column, needs = problem.entries_of(have.nonzero()[0]), problem.transposed[1]
-        less = np.minimum(needs.keys[by_column], have[needs.columns[by_column]])
-        self.joining[rank] = problem.reach - np.bincount(needs.rows[by_column], less, len(own)) - self.incoming[rank]
-        alone = np.bincount(top, np.where(own[some], 0, most - second), len(mine))
-        most_of, second_of = self.most[rank, mine], self.second[rank, mine]
-        self.leaving[mine] = alone - np.where(self.top[rank, mine] == mine, second_of, most_of)
+            values[ranks] = 0
+            values[of, some] = found
+        self.have[of, mine] = np.inf
+        self.received[ranks] = incoming.sum(1)
+        # A chunk that leaves needs nothing any more, and its own columns must travel.
+        alone = np.bincount((top + nth * mine.shape[1]).ravel(), ((most - second) * elsewhere).ravel(), mine.size)
+        self.leaving[mine] = alone.reshape(mine.shape) - self.most[of, mine]

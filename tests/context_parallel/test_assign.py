@@ -1,18 +1,21 @@
 """Assignments: what they promise about chunks, and that their estimates are exact where they claim so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.packs import pack
 from fm_longctx import FlashMask
+from fm_longctx.context_parallel import problem as problem_module
 from fm_longctx.context_parallel.assign import balanced, contiguous, zigzag
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.coverage import chunk_areas, chunk_needs, segments
 from fm_longctx.context_parallel.layout import chunk_grid
 from fm_longctx.context_parallel.peel import peel
-from fm_longctx.context_parallel.problem import TOLERANCE, Problem
-from fm_longctx.context_parallel.swap import _Traffic, swap
+from fm_longctx.context_parallel.problem import TOLERANCE, Problem, compiled
+from fm_longctx.context_parallel.swap import _State, limits, swap
 from fm_longctx.mask import builders
 
 
@@ -86,7 +89,8 @@ def test_swaps_know_what_each_exchange_saves():
     """The traffic they keep count of is that of counting anew, after every exchange."""
     mask = builders.causal_document(pack(1_000, seed=3)) & builders.sliding_window(1_000, 300)
     bounds, problem = problem_of(mask, 5, 20)
-    state = _Traffic(problem, peel(problem, TOLERANCE))
+    start = peel(problem, TOLERANCE)
+    state = _State(problem, start, *limits(problem, start))
     generator = np.random.default_rng(0)
     done = 0
     for _ in range(60):
@@ -106,12 +110,52 @@ def test_swaps_know_what_each_exchange_saves():
             moved = state.owners.copy()
             moved[chunk] = rank
             now = received_by_counting(mask, bounds, moved, 5)[rank]
-            assert state.joining[rank, chunk] == now - after[rank]
+            assert state.joining(rank)[chunk] == now - after[rank]
+            assert state.joined_by(np.array([chunk]))[rank, 0] == now - after[rank]
         own = int(mine[0])
         left, owner = state.owners.copy(), int(state.owners[own])
         left[own] = (owner + 1) % 5
         assert state.leaving[own] == after[owner] - received_by_counting(mask, bounds, left, 5)[owner]
     assert done >= 5
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    monkeypatch.setattr(problem_module, "find_spec", lambda name: None)
+    problem_module._loops.cache_clear()
+    yield
+    problem_module._loops.cache_clear()
+
+
+@pytest.mark.parametrize("world_size, chunk_size", [(8, 200), (7, 100), (32, 128)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        builders.causal_document(pack(32_768, 3)),
+        builders.document(pack(30_011, 4)),
+        builders.prefix_tree([-1, 0, 1, 1, 0], [9_000, 4_000, 3_000, 5_000, 7_000]),
+        builders.causal_document(pack(32_768, 5)) & builders.sliding_window(32_768, 3_000),
+    ],
+    ids=["documents", "full", "tree", "windows"],
+)
+def test_compiled_loops_find_what_the_vectorised_search_finds(mask, world_size, chunk_size, request):
+    pytest.importorskip("numba")
+    _, problem = problem_of(mask, world_size, chunk_size)
+    # A second measure that says something else.
+    problem = replace(problem, loads=np.concatenate([problem.loads, np.ceil(problem.loads / 2**14) * 2**14]))
+    assert compiled(problem) is not None
+    found = peel(problem, TOLERANCE)
+    better = swap(problem, found)
+    request.getfixturevalue("without_numba")
+    assert compiled(problem) is None
+    assert (peel(problem, TOLERANCE) == found).all()
+    assert (swap(problem, found) == better).all()
+    assert (better != found).any()
+
+
+def test_numba_is_left_alone_where_there_is_little_to_do():
+    _, problem = problem_of(builders.causal_document(pack(1_000, seed=3)), 5, 20)
+    assert compiled(problem) is None
 
 
 @pytest.mark.parametrize("seed", range(4))
