@@ -5,15 +5,19 @@
 
 Area and traffic are exact counts; traffic is the keys received over what an all-gather receives. The floor is what any
 layout of equal shares and at most 2% imbalance must receive (`ShardPlan.floor`): a bound, maybe out of reach. What the
-slowest rank waits for the exchange is modelled by the cost model that is printed, forward and one layer. Planning time
-is CPU time of one thread, the least of --repeats; what one rank then needs of the plan is timed beside it.
+slowest rank waits for the exchange is modelled by the cost model that is printed, forward and one layer. Times are CPU
+seconds of one thread, least and median of --repeats, of all that a loader's worker does for a batch: the plan, by keys
+alone as the targets have it, and with every head parallelism weighed (`auto`, as the launcher asks); what one rank
+needs of it; and the share of an all-gather that is received, which is logged. Whether numba is installed is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     about = environment(options.commit)
+    about["numba"] = metadata.version("numba") if util.find_spec("numba") else "none"
     result: dict[str, Any] = {"about": about, "cost": str(CostModel()), "layouts": [], "times": []}
     print(about, CostModel(), sep="\n")
     print("\n| ranks | layout | imbalance | worst | received | worst | floor | waits, modelled | target |")
@@ -58,18 +63,23 @@ def main() -> None:
             row = measure("plain causal", [builders.causal(options.tokens * world_size)], world_size, layout)
             result["layouts"].append(row)
             print(line(row, "no worse than zigzag" if layout == "balanced" else ""), flush=True)
-    print("\n| tokens | ranks | mask | ms to plan | target | ms for a rank's part |\n|---|---|---|---|---|---|")
+    print(f"\nnumba: {result['about']['numba']}; least and median ms of {options.repeats} runs, after one")
+    print("\n| tokens | ranks | mask | to plan | target | to plan, auto | a rank's part | share received |")
+    print("|---|---|---|---|---|---|---|---|")
     for tokens, world_size, limit in TIMES:
         for name, mask in (
             ("pack 0", builders.causal_document(pack(tokens, 0))),
             ("pack 1", builders.causal_document(pack(tokens, 1))),
             ("causal", builders.causal(tokens)),
         ):
-            plan, part = (min(t) for t in zip(*(timed(mask, world_size) for _ in range(options.repeats)), strict=True))
-            row = {"tokens": tokens, "ranks": world_size, "mask": name, "seconds": plan, "part_seconds": part}
-            result["times"].append(row)
+            timed(mask, world_size)
+            runs = [timed(mask, world_size) for _ in range(options.repeats)]
+            seconds = {name: [run[name] for run in runs] for name in runs[0]}
+            result["times"].append({"tokens": tokens, "ranks": world_size, "mask": name, "seconds": seconds})
+            cells = {key: f"{1e3 * min(s):.1f}, {1e3 * statistics.median(s):.1f}" for key, s in seconds.items()}
             print(
-                f"| {tokens:,} | {world_size} | {name} | {1e3 * plan:.1f} | {1e3 * limit:.0f} | {1e3 * part:.1f} |",
+                f"| {tokens:,} | {world_size} | {name} | {cells['plan']} | {1e3 * limit:.0f} | {cells['auto']} | "
+                f"{cells['part']} | {cells['received']} |",
                 flush=True,
             )
     if options.out:
@@ -101,13 +111,26 @@ def line(row: dict[str, Any], target: str) -> str:
     )
 
 
-def timed(mask: FlashMask, world_size: int) -> tuple[float, float]:
-    """Seconds of the plan, and of one rank's part of it: its stages and their masks."""
-    start = time.process_time()
+def timed(mask: FlashMask, world_size: int) -> dict[str, float]:
+    """CPU seconds of what a loader's worker does for a batch, part by part."""
+    marks, seconds = [time.process_time()], {}
+
+    def mark(name: str) -> None:
+        marks.append(time.process_time())
+        seconds[name] = marks[-1] - marks[-2]
+
+    # A new batch has a new mask.
+    mask.cache.clear()
+    ShardPlan.build(mask, world_size, head_parallel="auto")
+    mark("auto")
+    mask.cache.clear()
     plan = ShardPlan.build(mask, world_size)
-    planned = time.process_time()
+    mark("plan")
     plan.local(world_size // 2)
-    return planned - start, time.process_time() - planned
+    mark("part")
+    plan.received_fraction  # noqa: B018  (computed at first use)
+    mark("received")
+    return seconds
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ Floats = npt.NDArray[np.float64]
 _DENSE_CHUNKS = 2048
 # Of more pairs of a rank and a segment only some are looked at for the column that most rows see.
 _MOST_PAIRS = 1 << 20
+# Segments of so many columns on average are kept: they take little beside the mask.
+_FEW_COLUMNS = 64
 
 
 class Segments(NamedTuple):
@@ -78,7 +80,16 @@ class Needs(NamedTuple):
 
 
 def segments(mask: FlashMask) -> Segments:
-    """Segments of a square mask."""
+    """Segments of a square mask; kept with it if they are few, since a batch's plan, parts and report all ask."""
+    known: Segments | None = mask.cache.get("segments")
+    if known is None:
+        known = _segments(mask)
+        if len(known.first) * _FEW_COLUMNS <= mask.num_columns * known.num_entries:
+            mask.cache["segments"] = known
+    return known
+
+
+def _segments(mask: FlashMask) -> Segments:
     n = mask.num_columns
     starts = mask.starts.cpu().numpy().reshape(mask.batch * mask.heads, mask.num_intervals, n)
     ends = mask.ends.cpu().numpy().reshape(mask.batch * mask.heads, mask.num_intervals, n)

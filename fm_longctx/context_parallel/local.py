@@ -148,19 +148,26 @@ def _positions_by_rank(positions: Ints, ranks: Ints, world_size: int) -> list[In
 
 
 def exchange_tables(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int) -> tuple[Ints, Ints]:
-    """int64 `[ranks, ranks]` each, [r, c]: scores of rank r's rows in rank c's columns, and how many of those columns
-    rank r sees (r receives them from c, but for its own)."""
-    sources = np.repeat(owners, np.diff(bounds))
+    """int64 `[ranks, ranks]` each, [r, c]: scores of rank r's rows in rank c's columns, and `exchanged_keys`."""
     parts = segments(mask).cut(bounds)
-    source = sources[parts.first]
+    source = np.repeat(owners, np.diff(bounds))[parts.first]
     areas = np.zeros((world_size, world_size), dtype=np.int64)
-    keys = np.zeros_like(areas)
     for rank, rows in enumerate(rows_by_rank(bounds, owners, world_size)):
         # Integers above 2^53 would lose their last digits in bincount's float64.
         np.add.at(areas[rank], source, seen_areas(parts, rows))
+    return areas, exchanged_keys(mask, bounds, owners, world_size)
+
+
+def exchanged_keys(mask: FlashMask, bounds: Ints, owners: Ints, world_size: int) -> Ints:
+    """int64 `[ranks, ranks]`, [r, c]: of rank c's columns those that rank r sees; it receives them, but for its own."""
+    sources = np.repeat(owners, np.diff(bounds))
+    parts = segments(mask).cut(bounds)
+    source = sources[parts.first]
+    keys = np.zeros((world_size, world_size), dtype=np.int64)
+    for rank, rows in enumerate(rows_by_rank(bounds, owners, world_size)):
         first, stop = seen_ranges(parts, rows)
         if parts.num_entries == 1:
             keys[rank] = np.bincount(source, stop - first, world_size)
         else:
             keys[rank] = np.bincount(sources[covered(first, stop, parts.num_tokens)], minlength=world_size)
-    return areas, keys
+    return keys

@@ -16,7 +16,7 @@ from fm_longctx.context_parallel.choose import choose
 from fm_longctx.context_parallel.cost import CostModel
 from fm_longctx.context_parallel.coverage import Ints
 from fm_longctx.context_parallel.layout import received_floor
-from fm_longctx.context_parallel.local import Staging, exchange_tables, rank_stages
+from fm_longctx.context_parallel.local import Staging, exchange_tables, exchanged_keys, rank_stages
 from fm_longctx.context_parallel.stages import RankPlan, member_counts
 from fm_longctx.mask.flash_mask import FlashMask
 
@@ -294,12 +294,11 @@ class ShardPlan:
     @cached_property
     def received_fraction(self) -> float:
         """Keys that a rank receives over those that an all-gather brings it, mean over ranks and masks; 0.0 if none.
-
-        Both of the ring's part of the heads; what rows and heads are traded for is not in it.
-        """
-        fractions = []
-        rows = np.bincount(self.owners.numpy(), np.diff(self.bounds.numpy()), self.rings)
-        for _, keys in self.tables:
+        Both of the ring's part of the heads; what rows and heads are traded for is not in it."""
+        fractions, bounds, owners = [], self.bounds.numpy(), self.owners.numpy()
+        rows = np.bincount(owners, np.diff(bounds), self.rings)
+        for mask in self.masks:
+            keys = exchanged_keys(mask, bounds, owners, self.rings)
             remote = keys.sum(1) - keys.diagonal()
             fractions.append(float((remote / np.maximum(self.num_tokens - rows, 1)).mean()))
         return float(np.average(fractions, weights=self.weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -166,8 +167,9 @@ def merging_rows(needs: Needs, sizes: Ints, owners: Ints, world_size: int) -> Fl
 
 
 def compiled(problem: Problem) -> ModuleType | None:
-    """The compiled forms of `peel` and `swap`, where numba is installed and there is enough to do for them."""
-    return _loops() if problem.world_size * problem.chunks >= _MANY_CELLS else None
+    """The compiled forms of `peel` and `swap`, where numba is installed and there is enough to do to load them for."""
+    loaded = f"{__package__}.compiled" in sys.modules
+    return _loops() if loaded or problem.world_size * problem.chunks >= _MANY_CELLS else None
 
 
 @cache
@@ -175,7 +177,7 @@ def _loops() -> ModuleType | None:
     if find_spec("numba") is None:
         return None
     try:
-        return import_module("fm_longctx.context_parallel.compiled")
+        return import_module(f"{__package__}.compiled")
     except (ImportError, RuntimeError) as error:
         # A numba that does not fit this numpy, or that finds no folder to keep what it compiles in.
         warnings.warn(f"plans are made without numba, and slower: {error}", stacklevel=2)
@@ -188,8 +190,9 @@ def ranges(begins: Ints, counts: Ints) -> Ints:
     >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
     """
-    ends = counts.cumsum()
-    return np.arange(ends[-1] if len(ends) else 0) + (begins - (ends - counts)).repeat(counts)
+    before = counts.cumsum() - counts
+    found: Ints = np.arange(int(counts.sum()), dtype=np.int64) + (begins - before).repeat(counts)
+    return found
 
 
 def largest(values: Floats, count: int) -> Ints:

@@ -1,5 +1,6 @@
 """Assignments: what they promise about chunks, and that their estimates are exact where they claim so."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -153,7 +154,8 @@ def test_compiled_loops_find_what_the_vectorised_search_finds(mask, world_size, 
     assert (better != found).any()
 
 
-def test_numba_is_left_alone_where_there_is_little_to_do():
+def test_numba_is_not_loaded_where_there_is_little_to_do(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fm_longctx.context_parallel.compiled", raising=False)
     _, problem = problem_of(builders.causal_document(pack(1_000, seed=3)), 5, 20)
     assert compiled(problem) is None
 
