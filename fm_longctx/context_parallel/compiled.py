@@ -49,6 +49,14 @@ def swap_chunks(problem: Problem, owners: Ints, members: Ints, values: Floats, a
 
 
 @njit(cache=True)
+def most_needed(needed: Floats, owners: Ints, rows: Ints, columns: Ints, keys: Floats) -> None:
+    """Columns that each rank needs of each chunk, `[ranks, chunks]`, into zeros: those of its most demanding chunk."""
+    for e in range(len(rows)):
+        rank, column = owners[rows[e]], columns[e]
+        needed[rank, column] = max(needed[rank, column], keys[e])
+
+
+@njit(cache=True)
 def _peel(
     owners: Ints,
     ranks: int,

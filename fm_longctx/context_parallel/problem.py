@@ -135,7 +135,10 @@ class Problem:
     def received(self, owners: Ints) -> Floats:
         """Columns that each rank receives of each chunk, `[ranks, chunks]`."""
         needed = np.zeros((self.world_size, self.chunks))
-        np.maximum.at(needed, (owners[self.needs.rows], self.needs.columns), self.needs.keys)
+        if loops := compiled(self):
+            loops.most_needed(needed, owners, *self.needs)
+        else:
+            np.maximum.at(needed, (owners[self.needs.rows], self.needs.columns), self.needs.keys)
         needed[owners, np.arange(self.chunks)] = 0
         return needed
 

@@ -147,8 +147,10 @@ def test_compiled_loops_find_what_the_vectorised_search_finds(mask, world_size, 
     assert compiled(problem) is not None
     found = peel(problem, TOLERANCE)
     better = swap(problem, found)
+    received = problem.received(better)
     request.getfixturevalue("without_numba")
     assert compiled(problem) is None
+    assert (problem.received(better) == received).all()
     assert (peel(problem, TOLERANCE) == found).all()
     assert (swap(problem, found) == better).all()
     assert (better != found).any()
