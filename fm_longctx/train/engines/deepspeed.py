@@ -134,8 +134,10 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def _exact_masters(self, config: Config) -> None:
-        """Give the masters, which DeepSpeed has made from the rounded weights, the digits that those have lost: the first
-        updates are often smaller than these."""
+        """Give the masters, which DeepSpeed has made from the rounded weights, the digits that those have lost.
+
+        The first updates are often smaller than these.
+        """
         import deepspeed
 
         world, causal_lm = self.world, self.model.causal_lm
