@@ -28,7 +28,7 @@ def of_every_block():
         Blocks._fields,
         [*(("bf16", capability) for capability in SHARED), ("fp32", 90)],
         (64, 128, 256),
-        ((1, 1), (1, 0), (2, 0), (3, 0), (0, 1), (0, 0)),
+        ((1, 1), (1, 0), (2, 0), (3, 1), (0, 1), (0, 0)),
         (8192, 131072),
     ):
         blocks = choose(divmod(capability, 10), {"bf16": 2, "fp32": 4}[dtype], d, intervals, bool(causal), columns)
@@ -64,18 +64,15 @@ SPILLS = {
     "hopper_backward-128-3-0-1-1": 96,
     "hopper_backward-128-3-0-1-0": 156,
     "hopper_backward-128-3-0-0-1": 108,
-    # Measured to be the fastest blocks. Of three intervals a column, more bounds than registers.
-    "query-bf16-90-128-3": 96,
-    "key-bf16-90-64-1": 96,
-    "key-bf16-90-128-0": 128,
-    "key-bf16-90-128-1": 72,
-    "key-bf16-90-128-3": 184,
-    # A few scalars outside the loop.
-    "key-bf16-100-128-1": 48,
-    "forward-bf16-100-64-1": 12,
-    "forward-fp32-90-64-1": 36,
-    "forward-fp32-90-256-1": 24,
-    "key-fp32-90-256-1": 136,
+    # Portable kernels: scalars and addresses, outside of the loop. Those of sm_90 in 16 bits are the fastest blocks by
+    # measurement.
+    "key-bf16-90-64-1": 68,
+    "key-bf16-90-128-1": 8,
+    "key-bf16-90-128-1-1-131072": 184,
+    "key-bf16-90-128-3": 108,
+    "key-bf16-100-64-1": 8,
+    "forward-fp32-90-64-1": 24,
+    "key-fp32-90-256-1": 152,
 }
 
 
@@ -170,9 +167,9 @@ def test_dq_leaves_while_dk_is_computed(name, reports):
 
 @pytest.mark.parametrize("name", LITTLE_TO_HIDE)
 def test_full_tiles_do_not_do_what_partial_ones_must(name, reports):
-    # A select for each score of a thread hides it, and no other chooses between hidden and not: 64 and 32 a thread. The
+    # A select for each score of a thread hides it, and no other chooses between hidden and not: 64 a thread. The
     # rest is of the softmax. And what keeps the branch may not keep the loop from being pipelined.
-    selects, shared = {"64": (152, 65_536), "128": (76, 114_744)}[name.split("-")[3]]
+    selects, shared = {"64": (152, 65_536), "128": (140, 229_432)}[name.split("-")[3]]
     assert reports[name]["selects"] <= selects
     assert reports[name]["shared"] >= shared
 
