@@ -46,7 +46,8 @@ def main() -> None:
             for block_n, stages, in_registers in itertools.product(
                 options.block_n, options.stages, options.q_in_registers
             ):
-                config = launch.Config(block_n, stages, bool(in_registers), out_buffer=d < 256)
+                shipped = launch.FORWARD[d]
+                config = shipped._replace(block_n=block_n, stages=stages, q_in_registers=bool(in_registers))
                 time_config(config, name, masks[name].to("cuda"), n, options.heads, d)
 
 

@@ -34,9 +34,12 @@ Changes = tuple[tuple[str, str], ...]
 FORWARD: dict[str, Changes] = {
     "all": (),
     "no exponentials": (("p = gl.exp2(s * scale_log2 - ", "p = (s * scale_log2 - "),),
-    "no maxima": (("b_new = gl.max(s, 1)\n", "b_new = gl.maximum(b_top, 0.0)\n"),),
+    "no maxima": (("    b_new = gl.max(s, 1)\n", "    b_new = gl.where(b_top > 0.0, b_top, 0.0)\n"),),
     "no sums": (("b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay", "b_sum * split_decay, b_decay"),),
-    "no decay of O": (("b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))\n", "\n"),),
+    "no decay of O": (
+        ("b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))\n", "pass\n"),
+        ("b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)\n", "pass\n"),
+    ),
     "no P V": (
         (
             "token = warpgroup_mma(p, v, b_out, is_async=True)\n                s = warpgroup_mma_wait(1, deps=(s,))",

@@ -159,14 +159,17 @@ def _sum_in_thread(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, b_top, b_sum, scale_log2, BLOCK_N: gl.constexpr):
+def _softmax(s, b_top, b_sum, scale_log2, BLOCK_N: gl.constexpr, LAZY: gl.constexpr):
     """p, the new anchors and (split) sums, and the factor by which older results decay.
 
-    A row's anchor, which p is relative to, is a maximum that it had. It moves only when p would exceed 256, which is
-    rare after the first tiles, and so is the scaling of older results.
+    A row's anchor, which p is relative to, is its maximum; if LAZY, one that it had. That moves only when p would
+    exceed 256, which is rare after the first tiles, and so is the scaling of older results.
     """
     b_new = gl.max(s, 1)
-    b_new = gl.where((b_new - b_top) * scale_log2 > 8.0, b_new, b_top)
+    if LAZY:
+        b_new = gl.where((b_new - b_top) * scale_log2 > 8.0, b_new, b_top)
+    else:
+        b_new = gl.maximum(b_top, b_new)
     # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
     b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)
     p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor * scale_log2, 1))
@@ -209,6 +212,7 @@ def _consume(
     TMA_STORE: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
     OUT_BUFFER: gl.constexpr,
+    LAZY: gl.constexpr,
 ):
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -249,7 +253,7 @@ def _consume(
                 n0 = (word >> 1) * BLOCK_N
                 s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
             mbarrier.arrive(empty.index(stage), count=1)
-            p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
+            p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N, LAZY)
             p = gl.convert_layout(p.to(dtype), P)
             i += 1
 
@@ -266,14 +270,17 @@ def _consume(
                 if word & 1:
                     n0 = (word >> 1) * BLOCK_N
                     s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
-                p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N)
+                p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N, LAZY)
                 p16 = p32.to(dtype)
                 # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting
                 # the wait for P V above the softmax that is to hide it.
                 mbarrier.wait(full.index(stage), phase)
                 b_out = warpgroup_mma_wait(0, deps=(token,))
                 mbarrier.arrive(empty.index(stage), count=1)
-                b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))
+                if LAZY:
+                    b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))
+                else:
+                    b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)
                 p = gl.convert_layout(p16, P)
                 i += 1
 
@@ -355,6 +362,7 @@ def forward_kernel(
     TMA_STORE: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
     OUT_BUFFER: gl.constexpr,
+    LAZY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
@@ -384,10 +392,10 @@ def forward_kernel(
         [
             (_consume, (0, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
                         word_s, item_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER)),
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY)),
             (_consume, (1, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
                         word_s, item_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER)),
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY)),
             (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
                         q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
                         blocks, items, abreast, last, heads, mask_batch, mask_heads,

@@ -39,14 +39,17 @@ class Config(NamedTuple):
     q_in_registers: bool = False
     out_buffer: bool = True
     """The output leaves by a buffer of its own, so that the next Q can come meanwhile."""
+    lazy_up_to: int = -1
+    """The most intervals of a mask for which O is scaled behind a branch. With more, ptxas moves the wait for P V above
+    the softmax (D 128), or it gained nothing (D 64)."""
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper.py times the alternatives.
 FORWARD = {
     64: Config(128, 2, q_in_registers=True),
-    128: Config(128, 2, q_in_registers=True),
-    256: Config(64, 2, out_buffer=False),
+    128: Config(128, 2, q_in_registers=True, lazy_up_to=0),
+    256: Config(64, 2, out_buffer=False, lazy_up_to=MAX_INTERVALS),
 }
 
 
@@ -193,6 +196,7 @@ def forward(
             TMA_STORE=out_dtype == q.dtype,
             Q_IN_REGISTERS=config.q_in_registers,
             OUT_BUFFER=config.out_buffer,
+            LAZY=mask.num_intervals <= config.lazy_up_to,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )

@@ -120,6 +120,7 @@ def hopper_forward(d: int, intervals: int, causal: int) -> dict[str, Any]:
     constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, D_V=d, STAGES=config.stages, INTERVALS=intervals)
     constants |= dict(CAUSAL=bool(causal), TMA_STORE=True)
     constants |= dict(Q_IN_REGISTERS=config.q_in_registers, OUT_BUFFER=config.out_buffer)
+    constants |= dict(LAZY=intervals <= config.lazy_up_to)
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_forward_kernels.forward_kernel, types, constants, 90, dict(num_warps=4))
 
