@@ -181,7 +181,8 @@ def tile_work(parts: Segments, bounds: Ints, tile: int) -> Floats:
     whole = np.flatnonzero(hidden[:-1] == np.diff(edges)[where[:-1] // (blocks + 1) % blocks])
     rows = where % (blocks + 1)
     skipped = np.bincount(rows[whole], minlength=blocks + 1) - np.bincount(rows[whole + 1], minlength=blocks + 1)
-    visited = (parts.num_entries * blocks - skipped[:-1].cumsum()) * float(tile * tile)
+    # Among a rank's rows, which lie close together, those of a last, shorter row-block do not take a tile's height.
+    visited = (parts.num_entries * blocks - skipped[:-1].cumsum()) * np.diff(edges) * float(tile)
     return np.diff(np.interp(bounds, edges, np.concatenate([np.zeros(1), visited.cumsum()])))
 
 

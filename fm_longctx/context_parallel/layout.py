@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,8 @@ _HEAVIEST = 0.75
 _MOST_CHUNKS = 1024
 # Beyond so many ranks a plan that balances well takes longer than a step: see docs/context_parallel.md.
 _MANY_RANKS = 512
+# Slices that cost at most so many times what chunks cost are taken if they are as even.
+_AS_GOOD = 1.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def choose_layout(
     n = masks[0].num_rows
 
     def pose(chunk_size: int) -> tuple[Ints, Ints, Problem]:
-        return _pose(masks, parts, weights, world_size, chunk_size, cost, a_host)
+        return _pose(masks, parts, weights, world_size, *chunk_grid(n, world_size, chunk_size), cost, a_host)
 
     if strategy == "balanced":
         size = chunk_size or _chunk_size(n, world_size)
@@ -102,15 +104,24 @@ def choose_layout(
             other = balanced(finer[2])
             if other.cost < best.cost:
                 (bounds, areas, problem), best = finer, other
+        for plain in (contiguous, zigzag):
+            cuts, owners = _sliced(n, world_size, plain, size)
+            if not np.isin(cuts, bounds).all():
+                # Slices that the chunks cannot form: of what costs as much the more even one.
+                posed = _pose(masks, parts, weights, world_size, cuts, np.zeros(len(owners), dtype=bool), cost, a_host)
+                other = posed[2].measure(owners)
+                as_even = other.imbalance <= best.imbalance and other.cost <= _AS_GOOD * best.cost
+                if as_even or other.cost < best.cost:
+                    (bounds, areas, problem), best = posed, other
         assigned = best.owners
         keys = _exchanged(problem, assigned)
         number = place(keys, a_host)
         assigned = number[assigned]
         keys[np.ix_(number, number)] = keys.copy()
     else:
-        share = max(1, n // world_size)
-        bounds, areas, problem = pose(share if strategy == "contiguous" else max(1, share // 2))
-        assigned = (contiguous if strategy == "contiguous" else zigzag)(len(bounds) - 1, world_size)
+        cuts, assigned = _sliced(n, world_size, contiguous if strategy == "contiguous" else zigzag)
+        odd = np.zeros(len(assigned), dtype=bool)
+        bounds, areas, problem = _pose(masks, parts, weights, world_size, cuts, odd, cost, a_host)
         keys = _exchanged(problem, assigned)
     lists = [longest_lists(part, bounds, assigned, world_size) for part in parts]
     changes = np.flatnonzero(np.diff(assigned, prepend=-1))
@@ -177,20 +188,33 @@ def chunk_grid(n: int, world_size: int, chunk_size: int) -> tuple[Ints, Bools]:
     return bounds, is_odd[flat > 0]
 
 
+def _sliced(
+    n: int, world_size: int, plain: Callable[[int, int], Ints], chunk_size: int | None = None
+) -> tuple[Ints, Ints]:
+    """Chunks of one or two slices a rank, cut at multiples of the chunk size as well: bounds and owners."""
+    share = max(1, n // world_size)
+    bounds, _ = chunk_grid(n, world_size, share if plain is contiguous else max(1, share // 2))
+    owners = plain(len(bounds) - 1, world_size)
+    if chunk_size is None:
+        return bounds, owners
+    cuts = np.union1d(bounds, np.arange(0, n, chunk_size))
+    return cuts, owners[np.searchsorted(bounds, cuts[:-1], side="right") - 1]
+
+
 def _pose(
     masks: Sequence[FlashMask],
     parts: Sequence[Segments],
     weights: Sequence[int],
     world_size: int,
-    chunk_size: int,
+    bounds: Ints,
+    odd: Bools,
     cost: CostModel,
     a_host: int,
 ) -> tuple[Ints, Ints, Problem]:
     """Bounds, areas of the chunks, and the problem of sharing them out."""
-    bounds, odd = chunk_grid(masks[0].num_rows, world_size, chunk_size)
     areas = np.zeros(len(bounds) - 1, dtype=np.int64)
     # In chunks smaller than a tile the kernel's blocks say nothing about the rows.
-    loads = np.zeros((2 if chunk_size >= _TILE else 1, len(bounds) - 1))
+    loads = np.zeros((2 if np.diff(bounds).max(initial=0) >= _TILE else 1, len(bounds) - 1))
     for mask, part, weight in zip(masks, parts, weights, strict=True):
         area, share = chunk_areas(part, bounds), weight / sum(weights) / mask.heads
         areas += weight * area

@@ -12,8 +12,9 @@ _OVERLOAD_PRICE = 50.0
 # A rank that sends more than this many times what ranks send on average is one that others wait for: a column above it
 # costs as much as one received.
 SENDS = 1.25
-# Bounds the time: rounds x what a round walks over.
+# Bounds the time: rounds x what a round walks over; but so many rounds in any case.
 _MOST_WORK = 3_400_000
+_LEAST_ROUNDS = 64
 _MOST_CELLS = 1 << 23
 # Pairs worked out exactly before a rank is given up.
 TRIES = 8
@@ -36,7 +37,7 @@ def swap(problem: Problem, owners: Ints) -> Ints:
         return owners
     members, values, above = limits(problem, owners)
     work_a_round = len(problem.needs.rows) + ranks * problem.chunks // 2
-    rounds = min(3 * ranks, max(8, _MOST_WORK // work_a_round))
+    rounds = min(3 * ranks, max(_LEAST_ROUNDS, _MOST_WORK // work_a_round))
     if loops := compiled(problem):
         better: Ints = loops.swap_chunks(problem, owners, members, values, above, rounds)
         return better

@@ -319,6 +319,14 @@ def test_packs_are_balanced_with_a_fraction_of_the_traffic_of_an_all_gather(worl
         assert keys.sum(0).max() <= 2.2 * keys.sum(0).mean()
 
 
+@pytest.mark.parametrize("n", [8_192, 10_000, 11_021, 65_536])
+def test_plain_causal_is_no_worse_than_the_zigzag_over_any_number_of_ranks(n):
+    for world_size in (1, 2, 3, 5, 6, 7, 8, 12, 24, 64):
+        balanced, zigzag = (ShardPlan.build(builders.causal(n), world_size, strategy=s) for s in ("balanced", "zigzag"))
+        assert balanced.imbalance <= zigzag.imbalance + 1e-9, world_size
+        assert balanced.received_fraction <= zigzag.received_fraction + 1e-9, world_size
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_plain_causal_is_no_worse_than_zigzag(world_size):
     n = 8_192
