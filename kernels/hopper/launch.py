@@ -41,7 +41,7 @@ class Config(NamedTuple):
     """The output leaves by a buffer of its own, so that the next Q can come meanwhile."""
     lazy_up_to: int = -1
     """The most intervals of a mask for which O is scaled behind a branch. With more, ptxas moves the wait for P V above
-    the softmax (D 128), or it gained nothing (D 64)."""
+    the softmax (D 128), or it gained nothing (D 64), or it was not measured (D 256)."""
     consumer_registers: int = 240
 
 
@@ -49,7 +49,7 @@ class Config(NamedTuple):
 FORWARD = {
     64: Config(128, 2, q_in_registers=True),
     128: Config(128, 2, q_in_registers=True, lazy_up_to=0),
-    256: Config(64, 2, out_buffer=False, lazy_up_to=MAX_INTERVALS),
+    256: Config(64, 2, out_buffer=False, lazy_up_to=0),
 }
 
 
