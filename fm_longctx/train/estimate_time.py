@@ -57,7 +57,7 @@ class Gpu:
 
 _HOPPER = "measured on an H100: benchmarks/results/2026-11-26-attention.md, causal documents, D 128, N 32768"
 # Of the rates at D 128, those at D 64 in the same rows.
-NARROW = (0.71, 0.88)
+NARROW = (0.75, 0.87)
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -67,8 +67,8 @@ GPUS = {
             memory=81559 * 2**20,
             peak=989e12,
             bandwidth=3.35e12,
-            attention_forward=560e12,
-            attention_backward=469e12,
+            attention_forward=534e12,
+            attention_backward=471e12,
             attention_source=_HOPPER,
         ),
         Gpu(
@@ -76,8 +76,8 @@ GPUS = {
             memory=143771 * 2**20,
             peak=989e12,
             bandwidth=4.8e12,
-            attention_forward=560e12,
-            attention_backward=469e12,
+            attention_forward=534e12,
+            attention_backward=471e12,
             attention_source=_HOPPER,
         ),
         # Data sheet: "NVIDIA A100 Tensor Core GPU", 80GB SXM.
