@@ -24,7 +24,9 @@ Key = tuple[int, int, bool]
 def schedule_bytes(mask: FlashMask, keys: Sequence[Key]) -> int:
     """Build the tile schedules that the mask does not hold yet; their bytes."""
     built = [tile_runs(mask, block_m, block_n, by_row=by_row) for block_m, block_n, by_row in keys]
-    return sum(x.numel() * x.element_size() for schedule in built for x in schedule)
+    # The intervals are one table for all of them.
+    tensors = {x.data_ptr(): x for schedule in built for x in schedule}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def mask_bytes(mask: FlashMask) -> int:

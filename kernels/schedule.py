@@ -36,7 +36,7 @@ class TileRuns(NamedTuple):
     A kernel need look neither at the mask nor at the sequence's end in a full tile: the last column-block is always
     partial if it is ragged. Only rows past the end remain, which every kernel can do harmlessly.
 
-    Memory: 8 bytes a run. Any mask of up to 2^21 tiles and, beyond that, any of up to 2^21 runs and 32 a block on
+    Memory: 8 bytes a run. Any mask of up to 2^20 tiles and, beyond that, any of up to 2^20 runs and 32 a block on
     average is exact. If it needs more, the blocks that found no room visit everything between their first and last
     tile as partial: slower, and the same result bit for bit.
     """
@@ -168,7 +168,7 @@ def _sizes(starts: Tensor, num_rows: int, block_m: int, block_n: int, by_row: bo
     blocks, others = -(-num_rows // block_m), -(-starts.shape[3] // block_n)
     if not by_row:
         blocks, others = others, blocks
-    shared = min(groups * blocks * others, (1 << 21) + 32 * groups * blocks)
+    shared = min(groups * blocks * others, (1 << 20) + 32 * groups * blocks)
     # One run of its own for each block, which is all that most need; one to spare, because walks read one run ahead.
     return groups, blocks, others, groups * blocks + shared + 1
 
