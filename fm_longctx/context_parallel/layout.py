@@ -104,7 +104,7 @@ def choose_layout(
             other = balanced(finer[2])
             if other.cost < best.cost:
                 (bounds, areas, problem), best = finer, other
-        for plain in (contiguous, zigzag):
+        for plain in (contiguous, zigzag) if chunk_size is None else ():
             cuts, owners = _sliced(n, world_size, plain, size)
             if not np.isin(cuts, bounds).all():
                 # Slices that the chunks cannot form: of what costs as much the more even one.
