@@ -6,6 +6,7 @@ into the registers of two warpgroups) and takes the portable one.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -360,7 +361,7 @@ def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 def _describe_statistics(lse: Tensor, delta: Tensor, block_m: int) -> TensorDescriptor:
     """Descriptor that fetches lse (in units of log2) and delta of one row-block; both `[B, H, N_q]`."""
     stats = row_statistics(lse, delta, block_m)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    layout = _layout(swizzle=0, bits=32, rank=2)
     return TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [2, block_m], layout)
 
 
@@ -374,7 +375,7 @@ def _describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescrip
         # Not contiguous(): of a contiguous tensor it returns the same, wherever that begins.
         x = x.clone(memory_format=torch.contiguous_format)
     box = [1, rows, 1, columns or x.shape[3]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
+    layout = _layout(swizzle=128, bits=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
 
@@ -382,5 +383,11 @@ def _describe_bounds(runs: TileRuns, block_n: int) -> TensorDescriptor:
     """Descriptor of the interval bounds of `block_n` columns of one mask group."""
     _, rows, columns = runs.bounds.shape
     flat = runs.bounds.view(-1, columns)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    layout = _layout(swizzle=0, bits=32, rank=2)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, block_n], layout)
+
+
+@cache
+def _layout(*, swizzle: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    # To make one takes longer than the rest of a descriptor.
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
