@@ -295,9 +295,11 @@ def _work(
     named = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
     key_bytes = 2 * part.kv * setup.element * sample.received
     attention = 3 * 4.0 * shape.q * shape.layers * area / flops
+    unlike = sample.data_imbalance > 1.1
     lines = [
         f"masks       of {sample.batches} sampled micro-batches: {sample.visible:.1%} visible; imbalance over context "
-        f"ranks {sample.imbalance:.3f}, over data ranks {sample.data_imbalance:.2f}",
+        f"ranks {sample.imbalance:.3f}, over data ranks {sample.data_imbalance:.2f}"
+        + (" (all wait for the heaviest; data.balance and data.lookahead even them)" if unlike else ""),
         f"step        {tokens:,} tokens: {config.data.sequence_length:,} a sequence, {setup.tokens:,} a rank and "
         f"micro-batch, {accumulation} micro-batch(es)",
         f"FLOPs       {flops / ranks / 1e15:,.2f} PFLOP a GPU and step: three forwards over the real area, "

@@ -141,6 +141,7 @@ def test_help_and_dry_run_need_no_ranks(monkeypatch, capsys):
     assert cli.main(["--config", "configs/llama70b_128k.yaml", "--dry-run"], usage="") == 0
     out = capsys.readouterr().out
     assert "70,553,706,496 parameters" in out and "64 ranks = data 8 x context 8" in out
+    assert "all wait for the heaviest; data.balance and data.lookahead even them" in out
     assert cli.main([*DEMO, "--dry-run", "--parallel.ranks", "3"], usage="") == 2
     err = capsys.readouterr().err
     assert err.splitlines() == [err.strip()] and "does not divide the 3 ranks" in err
