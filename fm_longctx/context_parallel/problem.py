@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -170,9 +169,11 @@ def merging_rows(needs: Needs, sizes: Ints, owners: Ints, world_size: int) -> Fl
 
 
 def compiled(problem: Problem) -> ModuleType | None:
-    """The compiled forms of `peel` and `swap`, where numba is installed and there is enough to do to load them for."""
-    loaded = f"{__package__}.compiled" in sys.modules
-    return _loops() if loaded or problem.world_size * problem.chunks >= _MANY_CELLS else None
+    """The compiled forms of `peel` and `swap`, where numba is installed and there is enough to do to load them for.
+
+    Whether a process has loaded them already does not count: a plan depends on its arguments, not on the plans before.
+    """
+    return _loops() if problem.world_size * problem.chunks >= _MANY_CELLS else None
 
 
 @cache
