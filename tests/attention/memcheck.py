@@ -34,9 +34,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every tensor in an allocation of its own: within PyTorch's large blocks a stray access would go unseen.
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-
 import torch
 import triton
 import triton.language as tl
@@ -248,6 +245,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1 if found else 0)
     if not torch.cuda.is_available():
         raise SystemExit("memcheck needs an NVIDIA GPU: Triton's interpreter checks no address.")
+    # Every tensor in an allocation of its own: within PyTorch's large blocks a stray access would go unseen. PyTorch
+    # reads this at its first allocation, and other tests that import this module need its blocks.
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     begin = time.monotonic()
     if options.broken:
         run_broken()
