@@ -202,18 +202,18 @@ def _product(a, b, BLOCK_M: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr)
 
 
 @gluon.jit
-def _query_gradient(w: gl.constexpr, first, second, k_s, BLOCK_M: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+def _query_gradient(
+    w: gl.constexpr, first, second, k0, k1, BLOCK_M: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr
+):
     """Warpgroup w's half of dS K, in flight: D / 2 of the columns of 64 rows, or 64 of 128 rows.
 
-    first and second: `[64, BLOCK_M]` of dS^T in shared memory, one warpgroup's each.
+    first and second: `[64, BLOCK_M]` of dS^T in shared memory, one warpgroup's each; k0, k1: `[64, D]`, their columns.
     """
     blank = gl.full([64, 64], 0.0, gl.float32, LAYOUT)
     if BLOCK_M == 64:
-        k0 = k_s.index(0).reshape([64, D]).slice(w * (D // 2), D // 2, 1)
-        k1 = k_s.index(1).reshape([64, D]).slice(w * (D // 2), D // 2, 1)
+        k0, k1 = k0.slice(w * (D // 2), D // 2, 1), k1.slice(w * (D // 2), D // 2, 1)
     else:
         first, second = first.slice(64 * w, 64, 1), second.slice(64 * w, 64, 1)
-        k0, k1 = k_s.index(0).reshape([64, D]), k_s.index(1).reshape([64, D])
     dq = warpgroup_mma(first.permute((1, 0)), k0, blank, use_acc=False, is_async=True)
     return warpgroup_mma(second.permute((1, 0)), k1, dq, is_async=True)
 
@@ -259,16 +259,21 @@ def _consume(
     AHEAD: gl.constexpr,
 ):
     gl.static_assert(STAGES > 1 or not AHEAD, "the next tile has no buffer while this one's is in use")
-    gl.static_assert(not (DQ and AHEAD), "measured to be slower, and it spills")
+    gl.static_assert(not (DQ and AHEAD), "measured to be no faster")
+    gl.static_assert(STAGES <= 4, "a stage divided by four is taken for zero")
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     KV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, KV, 2)
+    # The order of dQ in shared and in global memory is that in which threads hold it, four numbers each. A warp then
+    # stores 512 bytes without a conflict; rows of a swizzled tile would meet in pairs. `scale_kernel` undoes it.
+    HELD: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+    )
     dtype: gl.constexpr = q_s.dtype
     scale_log2 = scale * LOG2E
     k = k_s.index(w).reshape([64, D])
-    v = v_s.index(w).reshape([64, D])
 
     stage, phase, turn, item_turn = 0, 0, 0, 0
     mbarrier.wait(kv_full, 0)
@@ -285,6 +290,10 @@ def _consume(
             mbarrier.wait(full.index(stage), phase, pred=tiles > 0)
             s = warpgroup_mma_wait(0, deps=(_product(k, q_s.index(stage), BLOCK_M, D, S),))
         for i in range(tiles):
+            # Zero, which the compiler does not see: it would compute all addresses of K and V once, and spill them.
+            zero = stage >> 2
+            k = k_s.index(w + zero).reshape([64, D])
+            v = v_s.index(w + zero).reshape([64, D])
             q = q_s.index(stage).reshape([BLOCK_M, D])
             dout = dout_s.index(stage).reshape([BLOCK_M, D])
             stats = stats_s.index(stage)
@@ -315,20 +324,22 @@ def _consume(
                 # for the last tile, hence done with reading it.
                 ds_s.index(2 * w + turn).store(ds)
                 fence_async_shared()
+                # The sum of the last tile has left its buffer: here one barrier of the warpgroup serves this too.
+                tma.store_wait(0)
                 mbarrier.arrive(ds_full, count=1)
                 mbarrier.wait(ds_full, turn)
-                dq = _query_gradient(w, ds_s.index(turn), ds_s.index(2 + turn), k_s, BLOCK_M, D, HALF)
+                k0, k1 = k_s.index(zero).reshape([64, D]), k_s.index(zero + 1).reshape([64, D])
+                dq = _query_gradient(w, ds_s.index(turn), ds_s.index(2 + turn), k0, k1, BLOCK_M, D, HALF)
                 # Behind dQ, so that it runs while dQ leaves.
                 dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
-                # The sum of the last tile has left the buffer.
-                tma.store_wait(0)
                 b_dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
-                dq_s.index(w).reshape([64, 64]).store(b_dq)
+                dq_s.index(w)._reinterpret(gl.float32, [64, 64], HELD).store(b_dq)
                 fence_async_shared()
+                dq_out = dq_s.index(w)._reinterpret(gl.float32, [1, 64, 1, 64], dq_desc.layout)
                 if BLOCK_M == 64:
-                    tma_reduce_add(dq_desc, [b, m0, h, w * (D // 2)], dq_s.index(w))
+                    tma_reduce_add(dq_desc, [b, m0, h, w * (D // 2)], dq_out)
                 else:
-                    tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_s.index(w))
+                    tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_out)
                 dk = warpgroup_mma_wait(0, deps=(dk,))
                 mbarrier.arrive(done, count=1)
                 turn = turn ^ 1
@@ -434,7 +445,8 @@ def backward_kernel(
     ds_s, dq_s = q_s, k_s
     if DQ:
         ds_s = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], HALVES)
-        dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 64, 1, 64], dq_desc.layout)
+        # Half a tile of dQ each, at a list's end dK: that one is swizzled, and aligned as it must be.
+        dq_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, 128], k_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

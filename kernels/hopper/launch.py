@@ -237,9 +237,10 @@ def backward(
     config = BACKWARD[d]
     runs = tile_runs(mask, config.block_m, BLOCK_N, by_row=False)
     tma_store = grad_dtype == q.dtype
-    # Zeros: the kernel adds to it. In the layout of dq, so that TMA clips the rows past the end and they coincide.
     fused = _fused(h, h_kv, mask.heads, deterministic)
-    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
+    # Zeros: the kernel adds to it. Whole tiles of 64 rows, since each lies in an order of its own (`scale_kernel`).
+    rows = triton.cdiv(n_q, 64) * 64
+    dq_sum = torch.zeros((b, rows, h, d), dtype=torch.float32, device=q.device) if fused else None
     with torch.cuda.device_of(q):
         blocks = runs.order.shape[1]
         grid, counter = _grid(blocks * h_kv * b, q.device)
@@ -250,7 +251,7 @@ def backward(
             _describe(v, 64),
             _describe(dout, config.block_m),
             _describe_statistics(lse, delta, config.block_m),
-            _describe(q if dq_sum is None else dq_sum, 64, 64),
+            _describe(q, 64, 64) if dq_sum is None else _describe(dq_sum, 64, 64, swizzle=0),
             # float32 gradients do not fit into the buffers of 16-bit operands: they go out by plain stores.
             _describe(dk if tma_store else k, 64),
             _describe(dv if tma_store else v, 64),
@@ -294,7 +295,7 @@ def backward(
     if dq_sum is None:
         dq = _query_gradient(dout, q, k, v, lse, delta, mask, scale, grad_dtype)
     else:
-        dq = _scaled(dq_sum, scale, grad_dtype)
+        dq = _scaled(dq_sum, scale, n_q, grad_dtype)
     return dq, dk, dv
 
 
@@ -349,12 +350,12 @@ def _query_gradient(
     return dq
 
 
-def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`scale * x` in dtype, in place if that is x's own."""
-    out = x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
-    block = 2048
+def _scaled(x: Tensor, scale: float, n_q: int, dtype: torch.dtype) -> Tensor:
+    """`scale * x` in dtype `[B, n_q, H, D]`, x being the sum of dQ; in place if they are of one dtype and size."""
+    b, rows, h, d = x.shape
+    out = x if (n_q, dtype) == (rows, x.dtype) else torch.empty((b, n_q, h, d), dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
-        scale_kernel[(triton.cdiv(x.numel(), block),)](x, out, scale, x.numel(), BLOCK=block)
+        scale_kernel[(rows // 64, h, b)](x, out, scale, n_q, x.stride(0), out.stride(0), h * d, D=d)
     return out
 
 
@@ -365,17 +366,17 @@ def _describe_statistics(lse: Tensor, delta: Tensor, block_m: int) -> TensorDesc
     return TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [2, block_m], layout)
 
 
-def _describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+def _describe(x: Tensor, rows: int, columns: int | None = None, *, swizzle: int = 128) -> TensorDescriptor:
     """Descriptor of `[B, N, H, D]` that moves `rows` positions of one head; TMA fills or clips beyond N.
 
-    columns: how many of D at a time; all if not given.
+    columns: how many of D at a time; all if not given. swizzle: in shared memory, 0 if rows lie there as they are.
     """
     aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     if x.stride(3) != 1 or not aligned or x.data_ptr() % 16:
         # Not contiguous(): of a contiguous tensor it returns the same, wherever that begins.
         x = x.clone(memory_format=torch.contiguous_format)
     box = [1, rows, 1, columns or x.shape[3]]
-    layout = _layout(swizzle=128, bits=8 * x.element_size(), rank=4)
+    layout = _layout(swizzle=swizzle, bits=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
 

@@ -197,9 +197,9 @@ def test_strided_inputs_are_read_as_they_are(deterministic):
 
 @FORMS
 @pytest.mark.parametrize("d", [64, 128])
-def test_gradients_in_float32(d, deterministic):
-    n = 300
-    mask = builders.causal_document([130, 170]).to(DEVICE)
+@pytest.mark.parametrize("n", [300, 320])  # of whole tiles: dQ stays where it was summed
+def test_gradients_in_float32(n, d, deterministic):
+    mask = builders.causal_document([130, n - 130]).to(DEVICE)
     q, k, v = random_inputs(rows=n, heads=4, kv_heads=2, d=d, dtype=torch.bfloat16)
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
     options = {"deterministic": deterministic, "grad_dtype": torch.float32}

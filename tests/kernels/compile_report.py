@@ -62,7 +62,7 @@ SMALL = {
         {"p_total": "*fp32", "p_returned": "*fp32", "p_rows": "*i64", "p_order": "*i64"},
     ),
     "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {}),
-    "scaling": (scale_kernel, dict(BLOCK=2048), {"p_sum": "*fp32"}),
+    "scaling": (scale_kernel, dict(D=128), {"p_sum": "*fp32"}),
 }
 
 
@@ -133,7 +133,7 @@ def hopper_backward(d: int, intervals: int, causal: int, dq: int, tma_store: int
         "v_desc": descriptor("bf16", 1, 64, 1, d),
         "dout_desc": descriptor("bf16", 1, config.block_m, 1, d),
         "stats_desc": descriptor("fp32", 2, config.block_m),
-        "dq_desc": descriptor("fp32" if dq else "bf16", 1, 64, 1, 64),
+        "dq_desc": descriptor("fp32", 1, 64, 1, 64, swizzle=0) if dq else descriptor("bf16", 1, 64, 1, 64),
         "dk_desc": descriptor("bf16", 1, 64, 1, d),
         "dv_desc": descriptor("bf16", 1, 64, 1, d),
     }
@@ -169,9 +169,9 @@ def hopper_query(d: int, intervals: int, causal: int, tma_store: int) -> dict[st
     return resources(hopper_query_kernels.query_gradient_kernel, types, constants, 90, dict(num_warps=4))
 
 
-def descriptor(dtype: str, *box: int) -> str:
-    """Type of the TMA descriptors that the launch makes: swizzled if of `[B, N, H, D]`, plain if a table."""
-    bits, swizzle = (16 if dtype == "bf16" else 32), (128 if len(box) == 4 else 0)
+def descriptor(dtype: str, *box: int, swizzle: int | None = None) -> str:
+    """Type of the TMA descriptors that the launch makes: swizzled if of `[B, N, H, D]`, plain if a table or a sum."""
+    bits, swizzle = (16 if dtype == "bf16" else 32), (128 if len(box) == 4 else 0) if swizzle is None else swizzle
     layout = f"swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)}, transposed=False"
     return f"tensordesc<{dtype}{list(box)},NVMMASharedLayout({layout}, fp4_padded=False, cga_layout=[])>"
 
@@ -183,7 +183,8 @@ def resources(
     kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, int]
 ) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory, ptxas's warnings, selects of PTX, for sm_90 accesses of spilled values
-    between the first product and the last, and, of Gluon's, the order of wgmma waits and exponentials."""
+    between the first product and the last, 16-byte stores to shared memory, and, of Gluon's, the order of wgmma waits
+    and exponentials."""
     signature: dict[str, str] = {}
     divisible = {}
     for index, name in enumerate(kernel.arg_names):
@@ -216,6 +217,7 @@ def resources(
         "warnings": [line for line in log.splitlines() if "C75" in line],
         "selects": compiled.asm["ptx"].count("selp.f32"),
         "spilled_in_loop": len(re.findall(r"LDL|STL", "".join(sass.partition("HGMMA")[1:]).rpartition("HGMMA")[0])),
+        "vector_stores": sass.count("STS.128"),
         "order": re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass) if kernel.is_gluon() else [],
     }
 
