@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from benchmarks.race import FAILED, OK, REFUSED
 from benchmarks.timing import Timer
 from fm_longctx import flashmask_attention
 from fm_longctx.attention.passes import load_backend
-from fm_longctx.kernels.schedule import tile_runs
+from fm_longctx.kernels.schedule import all_tile_runs
 from fm_longctx.mask import FlashMask
 
 Key = tuple[int, int, bool]
@@ -23,8 +25,8 @@ Key = tuple[int, int, bool]
 
 def schedule_bytes(mask: FlashMask, keys: Sequence[Key]) -> int:
     """Build the tile schedules that the mask does not hold yet; their bytes."""
-    built = [tile_runs(mask, block_m, block_n, by_row=by_row) for block_m, block_n, by_row in keys]
-    # The intervals are one table for all of them.
+    built = all_tile_runs(mask, keys)
+    # The runs and the intervals are one table each for all of them.
     tensors = {x.data_ptr(): x for schedule in built for x in schedule}
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
@@ -70,7 +72,8 @@ def memory(cell: Cell, peers: Sequence[Peer], device: str) -> Iterator[dict[str,
 
 
 def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> Iterator[dict[str, Any]]:
-    """One row a backend: ms and bytes of its tile schedules, of the forward and of both passes, beside one forward."""
+    """One row a backend: ms and bytes of its tile schedules, of the forward alone and of a training step, beside one
+    forward; and the ms that the host alone is busy with building them."""
     mask = scenario(cell.case, cell.n, cell.seed).case.mask.to(device)
     for backend in backends:
         row: dict[str, Any] = {"competitor": backend, "status": OK, "area": int(mask.area().sum())}
@@ -86,8 +89,10 @@ def schedule(cell: Cell, backends: Sequence[str], device: str, timer: Timer) -> 
                 ("forward", _keys(backend, inputs, mask)),
                 ("both", _keys(backend, inputs, mask, backward=True)),
             ):
-                timing = timer(partial(_rebuild, mask, keys))
-                row |= {f"{name}_schedule_ms": timing.ms, f"{name}_schedule_bytes": _rebuild(mask, keys)}
+                build = partial(_rebuild, mask, keys)
+                row[f"{name}_schedule_ms"] = timer(build).ms
+                row[f"{name}_schedule_host_ms"] = _host_ms(build, device)
+                row[f"{name}_schedule_bytes"] = schedule_bytes(mask, keys)
             with torch.no_grad():
                 timing = timer(partial(flashmask_attention, q, k, v, mask, backend=backend))
             row |= {"forward_ms": timing.ms, "forward_low": timing.low, "forward_high": timing.high}
@@ -107,9 +112,21 @@ def _keys(backend: str, inputs: Inputs, mask: FlashMask, *, backward: bool = Fal
     return keys
 
 
-def _rebuild(mask: FlashMask, keys: Sequence[Key]) -> int:
+def _rebuild(mask: FlashMask, keys: Sequence[Key]) -> None:
     mask.cache.clear()
-    return schedule_bytes(mask, keys)
+    all_tile_runs(mask, keys)
+
+
+def _host_ms(function: Callable[[], object], device: str) -> float:
+    """Median time until the function returns, on a GPU with nothing to wait for."""
+    samples = []
+    for _ in range(20 if device != "cpu" else 3):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        samples.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(samples)
 
 
 def _workspace(peer: Peer, inputs: Inputs, cell: Cell) -> int:

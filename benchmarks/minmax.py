@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import cases
-from fm_longctx.kernels.schedule import TileRuns, hidden_rows
+from fm_longctx.kernels.schedule import TileRuns, tile_runs
 from fm_longctx.mask import FlashMask
 from fm_longctx.mask.tiles import FULL, PARTIAL, SKIPPED, tile_states
 
@@ -78,7 +78,7 @@ def as_runs(states: Tensor, mask: FlashMask, *, by_row: bool) -> TileRuns:
     order = tiles.sort(dim=1, descending=True, stable=True).indices
     spare = torch.zeros((1, 2), dtype=torch.long, device=mask.device)  # walks read one run ahead
     table = [torch.cat([runs, spare]), first, count, tiles, order]
-    return TileRuns(*(x.int().contiguous() for x in table), hidden_rows(mask))
+    return TileRuns(*(x.int().contiguous() for x in table), tile_runs(mask, *FORWARD_TILE, by_row=True).bounds)
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def plot_schedule(rows: Sequence[Row], path: Path) -> None:
                 if row["competitor"] == name and row["status"] == "ok"
             )
             if found:
-                label = f"{name}, {'both passes' if passes == 'both' else 'forward'}"
+                label = f"{name}, {'a training step' if passes == 'both' else 'forward'}"
                 axes.plot(*zip(*found, strict=True), style, marker="o", markersize=3, label=label, color=colour)
     axes.axhline(1, color="#888888", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="N", ylabel="schedule, % of one layer's forward")

@@ -185,11 +185,14 @@ def schedule_table(rows: Sequence[Row]) -> str:
             line = [str(row["n"]), row["competitor"], f"{row['forward_ms']:.3f}"]
             for name in ("forward", "both"):
                 ms = row[f"{name}_schedule_ms"]
-                line += [f"{ms:.3f}", f"{ms / row['forward_ms']:.1%}", _mebibytes(row[f"{name}_schedule_bytes"])]
+                # Records of before this was measured have no such column.
+                host = _number(row.get(f"{name}_schedule_host_ms"), "{:.3f}")
+                share = f"{ms / row['forward_ms']:.2%}"
+                line += [f"{ms:.3f}", share, host, _mebibytes(row[f"{name}_schedule_bytes"])]
             lines.append(line)
     header = ["N", "backend", "one layer's forward ms"]
-    for name in ("forward", "both passes"):
-        header += [f"{name}: schedule ms", "of the forward", "MiB"]
+    for name in ("forward's schedule", "a step's schedules"):
+        header += [f"{name}: ms", "of the forward", "host ms", "MiB"]
     return markdown(header, lines)
 
 

@@ -61,10 +61,10 @@ RATIOS = (
 )
 LEAST_R_SQUARED = 0.99
 
-# (what, at N, most): of the schedules of both passes, of packed causal documents.
+# (what, at N, most): of all schedules of a training step, of packed causal documents.
 SCHEDULE = (
-    ("ms of the schedules, % of one 32-head forward", 131072, 1.0),
-    ("MB of the schedules a mask head", 2**20, 64.0),
+    ("ms of a step's schedules, % of one 32-head forward", 131072, 1.0),
+    ("MB of a step's schedules a mask head", 2**20, 64.0),
 )
 
 

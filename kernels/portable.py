@@ -12,7 +12,7 @@ from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
 from fm_longctx.kernels.blocks import Block, Blocks, choose
 from fm_longctx.kernels.delta import compute_delta as compute_delta
 from fm_longctx.kernels.forward import forward_kernel
-from fm_longctx.kernels.schedule import TileRuns, tile_runs
+from fm_longctx.kernels.schedule import TileRuns, all_tile_runs, tile_runs
 from fm_longctx.kernels.statistics import row_statistics
 from fm_longctx.mask import FlashMask
 
@@ -21,7 +21,7 @@ MAX_HEAD_DIM = 256
 # Intervals a column for which the kernels are unrolled; for more, one kernel loops over however many there are.
 MAX_UNROLLED = 4
 Schedule = TileRuns
-schedule = tile_runs
+schedules = all_tile_runs
 _INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 
 

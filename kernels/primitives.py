@@ -72,7 +72,7 @@ def load_vector(p, wanted):
 
 @triton.jit
 def load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS: tl.constexpr):
-    """Intervals of columns o_n if the tile is partial: of each start and 2^31 - 1 less the end, as `hidden_rows` says.
+    """Intervals of columns o_n if the tile is partial: of each start and 2^31 - 1 less the end, see `TileRuns.bounds`.
 
     A flat tuple; empty if INTERVALS is negative.
     """

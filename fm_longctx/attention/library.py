@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fm_longctx.attention.passes import attention_backward, attention_delta, attention_forward, load_backend
+from fm_longctx.attention.passes import (
+    attention_backward,
+    attention_delta,
+    attention_forward,
+    build_schedules,
+    load_backend,
+)
 from fm_longctx.mask import FlashMask
 
 
@@ -28,19 +34,12 @@ def attend(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable out `[B, N_q, H, D_v]` and lse `[B, H, N_q]`; the arguments are valid and the backend is named."""
-    module = load_backend(backend)
-    keys = module.schedules_needed(q, v, mask, backward=False, deterministic=deterministic)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        needed = module.schedules_needed(q, v, mask, backward=True, deterministic=deterministic)
-        keys = keys + [key for key in needed if key not in keys]
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    keys, built = build_schedules(q, v, mask, backend=backend, backward=backward, deterministic=deterministic)
     if _is_plain(q, k, v):
-        for block_m, block_n, by_row in keys:
-            module.schedule(mask, block_m, block_n, by_row=by_row)
         eager: tuple[Tensor, Tensor] = _Eager.apply(q, k, v, mask, scale, softcap, backend, deterministic)
         return eager
-    schedules: list[Tensor] = []
-    for block_m, block_n, by_row in keys:
-        schedules.extend(module.schedule(mask, block_m, block_n, by_row=by_row))
+    schedules: list[Tensor] = [part for schedule in built for part in schedule]
     flat_keys = [int(part) for key in keys for part in key]
     return _forward(
         q, k, v, mask.starts, mask.ends, schedules, flat_keys, mask.causal, scale, softcap, backend, deterministic

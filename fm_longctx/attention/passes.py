@@ -19,7 +19,7 @@ BACKENDS = ("hopper", "triton", "reference")
 
 
 def load_backend(name: str) -> ModuleType:
-    """The module of a backend: `refusal`, `Schedule`, `schedule`, `schedules_needed` and the passes `forward`,
+    """The module of a backend: `refusal`, `Schedule`, `schedules`, `schedules_needed` and the passes `forward`,
     `compute_delta` and `backward`."""
     if name == "hopper":
         # Only when it is wanted: the Gluon dialect that it is written in is not part of every Triton.
@@ -79,6 +79,21 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def build_schedules(
+    q: Tensor, v: Tensor, mask: FlashMask, *, backend: str, backward: bool, deterministic: bool
+) -> tuple[list[tuple[int, int, bool]], list[tuple[Tensor, ...]]]:
+    """The tile schedules that a forward and, if `backward`, its backward read, cached on the mask; and their keys.
+
+    The passes would build what they miss; all of them together take the time of one.
+    """
+    module = load_backend(backend)
+    keys = module.schedules_needed(q, v, mask, backward=False, deterministic=deterministic)
+    if backward:
+        keys = keys + module.schedules_needed(q, v, mask, backward=True, deterministic=deterministic)
+    keys = list(dict.fromkeys(keys))
+    return keys, module.schedules(mask, keys)
 
 
 def attention_forward(

@@ -7,7 +7,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2; FlashMask (arXi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,12 +39,13 @@ def schedules_needed(
     return [(BLOCK_M, BLOCK_N, True)]
 
 
-def schedule(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> Schedule:
-    """The states of `[block_m, block_n]` tiles, cached on the mask."""
-    key = (Schedule, block_m, block_n, by_row)
-    if key not in mask.cache:
-        mask.cache[key] = Schedule(tile_states(mask, block_m, block_n))
-    return mask.cache[key]
+def schedules(mask: FlashMask, keys: Sequence[tuple[int, int, bool]]) -> list[Schedule]:
+    """The states of tiles of each (block_m, block_n, by_row), cached on the mask."""
+    for block_m, block_n, by_row in keys:
+        key = (Schedule, block_m, block_n, by_row)
+        if key not in mask.cache:
+            mask.cache[key] = Schedule(tile_states(mask, block_m, block_n))
+    return [mask.cache[(Schedule, *key)] for key in keys]
 
 
 class _Group(NamedTuple):
@@ -161,7 +162,7 @@ def backward(
 
 
 def _groups(heads: int, kv_heads: int, mask: FlashMask) -> Iterator[_Group]:
-    states = schedule(mask, BLOCK_M, BLOCK_N, by_row=True).states.tolist()
+    states = schedules(mask, [(BLOCK_M, BLOCK_N, True)])[0].states.tolist()
     share = heads // kv_heads
     everything = slice(None)
     for b in range(mask.batch):

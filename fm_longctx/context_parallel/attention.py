@@ -16,6 +16,7 @@ from fm_longctx.attention.passes import (
     attention_backward,
     attention_delta,
     attention_forward,
+    build_schedules,
     resolve_backend,
     torch_is_strict,
 )
@@ -160,6 +161,7 @@ class _Attention(torch.autograd.Function):
         received: list[Tensor] = []
         out = lse = None
         left = sum(stage.area > 0 for stage in stages)
+        backward = any(ctx.needs_input_grad[:3])
         # Keys that are kept have their memory anyway: all start now, so that the link never waits for attention.
         arriving = _arrivals(stages[1:], k, v, group, ahead=1 if refetch else len(stages))
         for stage, keys in chain([(stages[0], None)], arriving):
@@ -171,6 +173,9 @@ class _Attention(torch.autograd.Function):
             k_s, v_s = (k, v) if keys is None else unpack(keys, k.shape[-1])
             # What nothing is merged into any more is rounded where it is made.
             only = out is None and not left
+            build_schedules(
+                q, v, stage.mask, backend=options["backend"], backward=backward, deterministic=deterministic
+            )
             part, part_lse = attention_forward(q, k_s, v_s, stage.mask, out_dtype=q.dtype if only else exact, **options)
             if out is None or lse is None:
                 out, lse = part, part_lse

@@ -20,7 +20,7 @@ from fm_longctx.kernels.hopper.backward import backward_kernel
 from fm_longctx.kernels.hopper.forward import forward_kernel
 from fm_longctx.kernels.hopper.query_gradient import query_gradient_kernel
 from fm_longctx.kernels.hopper.scaling import scale_kernel
-from fm_longctx.kernels.schedule import TileRuns, tile_runs
+from fm_longctx.kernels.schedule import TileRuns, all_tile_runs, tile_runs
 from fm_longctx.kernels.statistics import row_statistics
 from fm_longctx.mask import FlashMask
 
@@ -31,7 +31,7 @@ MAX_INTERVALS = 3
 TRITON_VERSIONS = ("3.6", "3.7")
 BLOCK_M = 128
 Schedule = TileRuns
-schedule = tile_runs
+schedules = all_tile_runs
 
 
 class Config(NamedTuple):

@@ -30,7 +30,7 @@ def test_opcheck(backend, softcap):
     q, k, v, mask = inputs_and_mask()
     module = passes.load_backend(backend)
     keys = list(dict.fromkeys(needed(module, q, v, mask, False) + needed(module, q, v, mask, True)))
-    schedules = [x for m, n, by_row in keys for x in module.schedule(mask, m, n, by_row=by_row)]
+    schedules = [x for built in module.schedules(mask, keys) for x in built]
     flat = [int(part) for key in keys for part in key]
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     arguments = (q, k, v, mask.starts, mask.ends, schedules, flat, mask.causal, 0.2, softcap, backend, False)
@@ -42,7 +42,9 @@ def test_opcheck_of_the_schedule(by_row):
     _, _, _, mask = inputs_and_mask()
     # Where a run is put in the pool is not told: only what is read of it must repeat.
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(schedule._build_traced, (mask.starts, mask.ends, 70, True, 32, 16, by_row), test_utils=tests)
+    torch.library.opcheck(
+        schedule._build_traced, (mask.starts, mask.ends, 70, True, [32, 16, by_row], True), test_utils=tests
+    )
 
 
 @pytest.mark.parametrize("cold", [True, False])

@@ -21,6 +21,7 @@ from triton.compiler.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
+from fm_longctx.kernels import schedule
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
 from fm_longctx.kernels.blocks import Block, choose
 from fm_longctx.kernels.delta import delta_kernel
@@ -31,20 +32,32 @@ from fm_longctx.kernels.hopper import launch
 from fm_longctx.kernels.hopper import query_gradient as hopper_query_kernels
 from fm_longctx.kernels.hopper.scaling import scale_kernel
 from fm_longctx.kernels.merge import add_rows_kernel, merge_kernel
-from fm_longctx.kernels.schedule import tile_runs_kernel, tile_states_kernel
+from fm_longctx.kernels.schedule_kernels import order_kernel, runs_kernel, summary_kernel
 from fm_longctx.kernels.statistics import statistics_kernel
 
 EVEN = False
 FLOATS = {"scale", "softcap"}
 PORTABLE = {"forward": forward_kernel, "query": backward_q_kernel, "key": backward_kv_kernel}
+# Two schedules by row and one by column, with blocks of rows that are no power of two too.
+KEYS = ((192, 128, 1), (128, 64, 1), (64, 128, 0))
+TABLES = {"p_table": "*i32", "p_temporary": "*i32"}
 # What runs around them, with its constants and the types that differ from what names tell.
 SMALL = {
-    "states": (
-        tile_states_kernel,
-        dict(CAUSAL=True, BLOCK_M=128, BLOCK_N=64, BLOCKS=32, PARTIAL=1, FULL=2),
-        {"p_states": "*i8"},
+    "summary": (summary_kernel, dict(BOUNDS=True, PADDED_TO=128, UNIT=64, SPAN=schedule._SPAN), TABLES),
+    "runs": (
+        runs_kernel,
+        dict(
+            KEYS=KEYS,
+            CAUSAL=True,
+            UNIT=64,
+            CHUNK=schedule._CHUNK,
+            AT_ONCE=schedule._AT_ONCE,
+            PARTIAL=1,
+            FULL=2,
+        ),
+        TABLES,
     ),
-    "runs": (tile_runs_kernel, dict(CHUNK=1024, PARTIAL=1), {"p_states": "*i8", "p_used": "*i64"}),
+    "order": (order_kernel, dict(KEYS=KEYS, OWN=schedule._OWN, CHUNK=schedule._COMPARED), TABLES),
     "delta": (delta_kernel, dict(HAS_DLSE=True, D_V=128, BLOCK_DV=128, BLOCK=32), {"p_dlse": "*fp32"}),
     "merge": (
         merge_kernel,
@@ -64,6 +77,7 @@ SMALL = {
     "statistics": (statistics_kernel, dict(BLOCK_M=64, ROWS=1024), {}),
     "scaling": (scale_kernel, dict(D=128), {"p_sum": "*fp32"}),
 }
+OPTIONS = {"runs": dict(num_warps=schedule._WARPS, maxnreg=schedule._REGISTERS)}
 
 
 def main() -> None:
@@ -73,7 +87,7 @@ def main() -> None:
             report = HOPPER[kind](*map(int, parts))
         elif kind in SMALL:
             kernel, constants, types = SMALL[kind]
-            report = resources(kernel, types, constants, int(parts[0]), {})
+            report = resources(kernel, types, constants, int(parts[0]), OPTIONS.get(kind, {}))
         else:
             report = portable(kind, parts[0], *map(int, parts[1:]))
         print(json.dumps({"name": name} | report), flush=True)

@@ -49,8 +49,8 @@ PORTABLE = list(dict.fromkeys([*PORTABLE, *LITTLE_TO_HIDE]))
 # the backward writes its gradients.
 NIGHTLY = {f"{kind}-bf16-{c}-{d}-1" for kind in ("forward", "query", "key") for c in (80, 100) for d in (64, 256)}
 NIGHTLY |= {"hopper_backward-64-3-0-1-0", "hopper_backward-64-3-0-0-1", "hopper_backward-128-3-0-0-1"}
-# The schedule's two kernels, and what runs before and after the backward.
-SMALL_KINDS = ("states", "runs", "delta", "merge", "merge_last", "add_rows")
+# The schedule's three kernels, and what runs before and after the backward.
+SMALL_KINDS = ("summary", "runs", "order", "delta", "merge", "merge_last", "add_rows")
 SMALL = [f"{kind}-{capability}" for kind in SMALL_KINDS for capability in SHARED]
 SMALL += ["statistics-90", "scaling-90"]
 # Bytes spilled, stores and loads together, where they are known; elsewhere none. Hopper: of all three warp groups, the

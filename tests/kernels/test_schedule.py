@@ -39,37 +39,88 @@ def expected_states(mask, block_m, block_n, by_row):
     return states if by_row else states.transpose(1, 2)
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-@settings(deadline=None, max_examples=40)
-@given(raw_masks(), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 7, 1 << 24]))
-def test_runs_are_the_states(by_row, raw, block_m, block_n, states_at_once):
+def assert_exact(mask, key, runs):
+    expected = expected_states(mask, *key)
+    assert torch.equal(states_of(runs, expected.shape[2]), expected.cpu())
+    visited = (expected != SKIPPED).sum(-1)
+    assert torch.equal(runs.tiles, visited.int())
+    assert torch.equal(runs.order, visited.sort(dim=1, descending=True, stable=True).indices.int())
+
+
+# Blocks of rows need not be powers of two.
+shapes = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 4, 8]), st.booleans())
+
+
+@settings(deadline=None, max_examples=60)
+@given(raw_masks(), st.lists(shapes, min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 24]))
+def test_runs_are_the_states(raw, keys, states_at_once):
+    """One program, several, and one for each block; all of them have several chunks."""
     mask = FlashMask(raw.starts, raw.ends, causal=raw.causal, num_rows=raw.num_rows).to(DEVICE)
     if not mask.num_rows or not mask.num_columns:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "_MAX_STATES", states_at_once)
-        patch.setattr(schedule, "_CHUNK", 4)
-        runs = schedule.tile_runs(mask, block_m, block_n, by_row=by_row)
-    expected = expected_states(mask, block_m, block_n, by_row)
-    assert torch.equal(states_of(runs, expected.shape[2]), expected.cpu())
-    visited = (expected != SKIPPED).sum(-1)
-    assert torch.equal(runs.tiles, visited.int())
-    for order, counts in zip(runs.order.long(), visited, strict=True):
-        assert torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
-        assert (counts[order].diff() <= 0).all()
+        for name, size in {"_MAX_STATES": states_at_once, "_CHUNK": 4, "_AT_ONCE": 2, "_SPAN": 8}.items():
+            patch.setattr(schedule, name, size)
+        patch.setattr(schedule, "_OWN", 2)
+        patch.setattr(schedule, "_COMPARED", 4)
+        built = schedule.all_tile_runs(mask, keys)
+    for key, runs in zip(keys, built, strict=True):
+        assert_exact(mask, key, runs)
 
 
-@pytest.mark.parametrize("by_row", [True, False])
 @pytest.mark.parametrize("n", [1000, 4096])
-def test_long_masks(by_row, n):
-    """Several programs a kernel and several chunks a block."""
+def test_long_masks(n):
+    """Several programs a kernel and several chunks a block, of columns and of blocks."""
     lengths = [n // 7, n // 3, n - n // 7 - n // 3]
     window = builders.sliding_window(n, n // 5)
     mask = (builders.causal_document(lengths) & window).to(DEVICE)
-    runs = schedule.tile_runs(mask, 64, 32, by_row=by_row)
-    expected = expected_states(mask, 64, 32, by_row)
-    assert torch.equal(states_of(runs, expected.shape[2]), expected.cpu())
-    assert (expected != SKIPPED).float().mean() < 0.5
+    keys = [(192, 32, True), (64, 16, False)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "_CHUNK", 32)
+        patch.setattr(schedule, "_COMPARED", 64)
+        built = schedule.all_tile_runs(mask, keys)
+    for key, runs in zip(keys, built, strict=True):
+        assert_exact(mask, key, runs)
+    assert (expected_states(mask, *keys[1]) != SKIPPED).float().mean() < 0.5
+
+
+def test_a_mask_for_each_of_many_heads():
+    """Blocks of all groups are numbered through, with gaps; many have as many tiles as others."""
+    generator = torch.Generator().manual_seed(3)
+    starts = torch.randint(0, 60, (3, 5, 2, 50), generator=generator, dtype=torch.int32)
+    ends = starts + torch.randint(0, 40, starts.shape, generator=generator, dtype=torch.int32)
+    # Groups that see nothing, and everything.
+    starts[0, 1], ends[0, 1], starts[2, 4] = 0, 60, 60
+    mask = FlashMask(starts, ends, causal=True, num_rows=60).to(DEVICE)
+    keys = [(16, 8, True), (48, 4, True), (8, 16, False)]
+    for key, runs in zip(keys, schedule.all_tile_runs(mask, keys), strict=True):
+        assert_exact(mask, key, runs)
+    assert mask.batch * mask.heads * 13 % 4, "no gap between schedules"
+
+
+def test_what_is_cached_is_not_built_again():
+    mask = builders.causal_document([30, 40]).to(DEVICE)
+    first = schedule.tile_runs(mask, 16, 16, by_row=True)
+    again, other = schedule.all_tile_runs(mask, [(16, 16, True), (16, 8, False)])
+    assert again is first
+    assert other.bounds is first.bounds
+    assert_exact(mask, (16, 8, False), other)
+
+
+def test_the_table_of_bounds():
+    """Zeros past the last column hide every row; as many rows as TMA's boxes have."""
+    window = builders.causal_document([100, 45]) & builders.sliding_window(145, 20)
+    starts, ends = torch.randint(0, 145, (2, 1, 2, 3, 145), dtype=torch.int32).sort(0).values
+    last = torch.iinfo(torch.int32).max
+    for mask, rows in ((window.to(DEVICE), 2), (FlashMask(starts, ends, causal=False).to(DEVICE), 8)):
+        bounds = schedule.tile_runs(mask, 16, 16, by_row=True).bounds
+        k = mask.num_intervals
+        assert bounds.shape == (mask.batch * mask.heads, rows, 256) and bounds.is_contiguous()
+        assert bounds.data_ptr() % 16 == 0
+        expected = torch.zeros_like(bounds)
+        expected[:, 0 : 2 * k : 2, :145] = mask.starts.flatten(0, 1)
+        expected[:, 1 : 2 * k : 2, :145] = last - mask.ends.flatten(0, 1)
+        assert torch.equal(bounds, expected)
 
 
 def test_without_room_everything_between_is_visited_as_partial(monkeypatch):
@@ -77,35 +128,37 @@ def test_without_room_everything_between_is_visited_as_partial(monkeypatch):
     n, block = 128, 4
     hidden = (torch.arange(n) // block % 2 == 1).int()[None, None, None]
     mask = FlashMask(torch.zeros_like(hidden), n * hidden, causal=False).to(DEVICE)
-    sizes = schedule._sizes
     exact = schedule.tile_runs(mask, block, block, by_row=True)
     assert exact.tiles.eq(n // block // 2).all()
     mask.cache.clear()
     blocks = n // block
     # Room for two blocks' runs in the pool, beside the one that each block has.
-    monkeypatch.setattr(schedule, "_sizes", lambda *args: (*sizes(*args)[:3], blocks + 2 * blocks // 2 + 1))
+    of = schedule._Plan.of
+    monkeypatch.setattr(
+        schedule._Plan, "of", staticmethod(lambda *args: of(*args)._replace(room=blocks + 2 * blocks // 2 + 1))
+    )
     runs = schedule.tile_runs(mask, block, block, by_row=True)
     states = states_of(runs, blocks)[0]
     expected = expected_states(mask, block, block, True)[0].cpu()
     kept = (states == expected).all(-1)
     assert kept.sum() == 2
+    assert sorted(set(runs.tiles.flatten().tolist())) == [blocks // 2, blocks - 1]
     # Between the first and the last visible tile.
     assert (states[~kept][:, : blocks - 1] == PARTIAL).all() and (states[~kept][:, -1] == SKIPPED).all()
 
 
-def test_memory_at_a_million_tokens():
-    """At most 64 MB a mask head, the three schedules of a training step and the intervals that they share, for masks of
-    up to two."""
+@pytest.mark.parametrize("together", [True, False])
+def test_memory_at_a_million_tokens(together):
+    """At most 64 MB a mask head, the schedules of a training step and the intervals that they read, for masks of up to
+    two; also if the forward's was built before it was known that a backward follows."""
     n = 1 << 20
-    starts = torch.empty((1, 1, 1, n), dtype=torch.int32, device="meta")
     for d, intervals, causal in itertools.product((64, 128), range(3), (False, True)):
+        starts = torch.empty((1, 1, intervals, n), dtype=torch.int32, device="meta")
         chosen = choose((9, 0), 2, d, intervals, causal, n)
-        needed = {(chosen.forward[:2], True), (chosen.query[:2], True), (chosen.key[:2], False)}
-        total = 4 * max(2, 2 * intervals) * n
-        for (block_m, block_n), by_row in needed:
-            groups, blocks, _, room = schedule._sizes(starts, n, block_m, block_n, by_row)
-            total += 4 * (2 * room + 4 * groups * blocks)
-        assert total <= 64e6
+        needed = list(dict.fromkeys([(*chosen.forward[:2], True), (*chosen.query[:2], True), (*chosen.key[:2], False)]))
+        builds = [needed] if together else [needed[:1], needed[1:]]
+        sizes = [schedule._Plan.of(starts, n, keys, i == 0).size for i, keys in enumerate(builds)]
+        assert 4 * sum(sizes) <= 64e6
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
