@@ -84,7 +84,8 @@ def tile_runs(mask: FlashMask, block_m: int, block_n: int, *, by_row: bool) -> T
 
 def all_tile_runs(mask: FlashMask, keys: Sequence[Key]) -> list[TileRuns]:
     """`tile_runs` of several shapes. Those that the mask has not cached are built together, in the time of one."""
-    missing = tuple(dict.fromkeys(key for key in keys if (TileRuns, *key) not in mask.cache))
+    places = [(TileRuns, *key) for key in keys]
+    missing = tuple(place[1:] for place in dict.fromkeys(places) if place not in mask.cache)
     if missing:
         with_bounds = "bounds" not in mask.cache
         # The operator is what torch.compile can trace; otherwise its dispatch would take as long as the kernels.
@@ -92,7 +93,7 @@ def all_tile_runs(mask: FlashMask, keys: Sequence[Key]) -> list[TileRuns]:
         flat = [int(part) for key in missing for part in key]
         table = build(mask.starts, mask.ends, mask.num_rows, mask.causal, flat, with_bounds)
         _take_apart(table, mask, missing, with_bounds)
-    return [mask.cache[(TileRuns, *key)] for key in keys]
+    return [mask.cache[place] for place in places]
 
 
 def _take_apart(table: Tensor, mask: FlashMask, keys: Sequence[Key], with_bounds: bool) -> None:
@@ -106,7 +107,9 @@ def _take_apart(table: Tensor, mask: FlashMask, keys: Sequence[Key], with_bounds
     for key, blocks in zip(keys, plan.blocks, strict=True):
         stride = _padded(plan.groups * blocks)
         parts = table.as_strided((4, plan.groups, blocks), (stride, blocks, 1), 4 * at)
-        mask.cache[(TileRuns, *key)] = TileRuns(runs, *parts.unbind(), mask.cache["bounds"])
+        first, run_count, tiles, order = parts.unbind()
+        place = (TileRuns, *key)
+        mask.cache[place] = TileRuns(runs, first, run_count, tiles, order, mask.cache["bounds"])
         at += stride
 
 
@@ -129,7 +132,7 @@ class _Plan(NamedTuple):
     size: int
 
     @staticmethod
-    def of(starts: Tensor, num_rows: int, keys: Sequence[Key], with_bounds: bool) -> _Plan:
+    def of(starts: Tensor, num_rows: int, keys: Sequence[tuple[int, int, int]], with_bounds: bool) -> _Plan:
         batch, heads, intervals, columns = starts.shape
         groups = batch * heads
         blocks, most, numbers, tiles = [], 0, 0, 0

@@ -41,11 +41,11 @@ def schedules_needed(
 
 def schedules(mask: FlashMask, keys: Sequence[tuple[int, int, bool]]) -> list[Schedule]:
     """The states of tiles of each (block_m, block_n, by_row), cached on the mask."""
-    for block_m, block_n, by_row in keys:
-        key = (Schedule, block_m, block_n, by_row)
-        if key not in mask.cache:
-            mask.cache[key] = Schedule(tile_states(mask, block_m, block_n))
-    return [mask.cache[(Schedule, *key)] for key in keys]
+    places = [(Schedule, *key) for key in keys]
+    for place, (block_m, block_n, _) in zip(places, keys, strict=True):
+        if place not in mask.cache:
+            mask.cache[place] = Schedule(tile_states(mask, block_m, block_n))
+    return [mask.cache[place] for place in places]
 
 
 class _Group(NamedTuple):
