@@ -27,7 +27,7 @@ _MAX_STATES = 1 << 24
 _POOL = 1 << 20
 _LARGEST_TILE = 128
 # Tiles of a block that are looked at together, and that are counted together where looking does not tell.
-_CHUNK, _AT_ONCE = 512, 4
+_CHUNK, _AT_ONCE = 256, 4
 # What a thread may have: half of what the compiler would take, so that twice as many blocks are under way.
 _WARPS, _REGISTERS = 4, 64
 # Columns of a program that sums them up.

@@ -181,22 +181,39 @@ def block_runs(
 
     # The block before may still be read.
     tl.debug_barrier()
+    lowest, highest = tl.zeros([CHUNK], tl.int32) + end, tl.zeros([CHUNK], tl.int32)
     for c0 in range(begin, end, CHUNK):
         o = c0 + tl.arange(0, CHUNK)
-        state = glance(
-            p_summary, block, o, n_q, n_k, intervals, units, BLOCK_M, BLOCK_N, BY_ROW, CAUSAL, UNIT, PARTIAL, FULL
-        )
-        tl.store(p_states + o, state.to(tl.int8), mask=(o < end) & (state != UNKNOWN))
-        unknown = (o < end) & (state == UNKNOWN)
-        at = tl.min(tl.where(unknown, o, end))
-        while at < end:
-            o_at = at + tl.arange(0, AT_ONCE)
-            b_counted = counted(
-                p_starts, p_ends, block, o_at, n_q, n_k, intervals, BLOCK_M, BLOCK_N, BY_ROW, CAUSAL, PARTIAL, FULL
+        whole = UNKNOWN
+        if not BY_ROW:
+            # All rows as one tile first: most such are hidden altogether.
+            bottom = tl.minimum((c0 + CHUNK) * BLOCK_M, n_q)
+            whole = glance(
+                p_summary, c0 * BLOCK_M, bottom, block, n_k, n_q, intervals, units, BLOCK_N, CAUSAL, UNIT, PARTIAL, FULL
             )
-            tl.store(p_states + o_at, b_counted.to(tl.int8), mask=o_at < end)
-            at = tl.min(tl.where(unknown & (o >= at + AT_ONCE), o, end))
+        state = tl.zeros([CHUNK], tl.int32) + whole
+        if (whole != 0) & (whole != FULL):
+            low, column = (block * BLOCK_M, o) if BY_ROW else (o * BLOCK_M, block)
+            high = tl.minimum(low + BLOCK_M, n_q)
+            state = glance(
+                p_summary, low, high, column, n_k, n_q, intervals, units, BLOCK_N, CAUSAL, UNIT, PARTIAL, FULL
+            )
+            unknown = (o < end) & (state == UNKNOWN)
+            at = tl.min(tl.where(unknown, o, end))
+            while at < end:
+                o_at = at + tl.arange(0, AT_ONCE)
+                b_counted = counted(
+                    p_starts, p_ends, block, o_at, n_q, n_k, intervals, BLOCK_M, BLOCK_N, BY_ROW, CAUSAL, PARTIAL, FULL
+                )
+                tl.store(p_states + o_at, b_counted.to(tl.int8), mask=o_at < end)
+                at = tl.min(tl.where(unknown & (o >= at + AT_ONCE), o, end))
+        tl.store(p_states + o, state.to(tl.int8), mask=(o < end) & (state != UNKNOWN))
+        seen = (o < end) & (state != 0)
+        lowest = tl.minimum(lowest, tl.where(seen, o, end))
+        highest = tl.maximum(highest, tl.where(seen, o + 1, 0))
     tl.debug_barrier()
+    # All others are hidden: few blocks see much of the sequence.
+    begin, end = tl.min(lowest) // 16 * 16, tl.max(highest)
 
     begins, visited = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32)
     for c0 in range(begin, end, CHUNK):
@@ -227,17 +244,17 @@ def block_runs(
             tl.store(p_run + 2 * (so_far - 1 - starts.to(tl.int32)) + 1, o, mask=ends)
             begun += tl.sum(starts.to(tl.int32))
     else:
-        lowest, highest = end, 0
+        lowest, highest = tl.zeros([CHUNK], tl.int32) + end, tl.zeros([CHUNK], tl.int32)
         for c0 in range(begin, end, CHUNK):
             o = c0 + tl.arange(0, CHUNK)
             state, before = two_states(p_states, o, begin, end)
-            lowest = tl.minimum(lowest, tl.min(tl.where(state != 0, o, end)))
-            highest = tl.maximum(highest, tl.max(tl.where(state != 0, o + 1, 0)))
+            lowest = tl.minimum(lowest, tl.where(state != 0, o, end))
+            highest = tl.maximum(highest, tl.where(state != 0, o + 1, 0))
         count = 1
-        tiles = highest - lowest
+        tiles = tl.max(highest) - tl.min(lowest)
         p_run = p_runs + 2 * tl.cast(own, tl.int64)
-        tl.store(p_run, lowest << 1 | 1)
-        tl.store(p_run + 1, highest)
+        tl.store(p_run, tl.min(lowest) << 1 | 1)
+        tl.store(p_run + 1, tl.max(highest))
     return count, tiles, run
 
 
@@ -251,21 +268,20 @@ def two_states(p_states, o, begin, end):
 @triton.jit
 def glance(
     p_summary,
-    block,
-    o,
-    n_q,
+    low,
+    high,
+    column,
     n_k,
+    n_q,
     intervals,
     units,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BY_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
     PARTIAL: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """States of tiles o of a block, a vector; 3 if undecided.
+    """States of the tiles of rows `[low, high)` and column-blocks `column`; 3 if undecided.
 
     Hidden: one interval, or the diagonal, covers all rows of all columns. Untouched: none can reach into it. Partial:
     exactly one can; it does hide a score, because the column that begins first ends late enough or the one that ends
@@ -273,9 +289,6 @@ def glance(
     """
     LAST: tl.constexpr = 2147483647
     UNKNOWN: tl.constexpr = 3
-    row, column = (block, o) if BY_ROW else (o, block)
-    low = row * BLOCK_M
-    high = tl.minimum(low + BLOCK_M, n_q)
     touches = (low + column) * 0
     hidden, parted = touches != 0, touches != 0
     for i in range(intervals):
