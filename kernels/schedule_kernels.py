@@ -284,13 +284,13 @@ def glance(
     """States of the tiles of rows `[low, high)` and column-blocks `column`; 3 if undecided.
 
     Hidden: one interval, or the diagonal, covers all rows of all columns. Untouched: none can reach into it. Partial:
-    exactly one can; it does hide a score, because the column that begins first ends late enough or the one that ends
-    last begins early enough; and it leaves one, at the column that begins last or ends first.
+    exactly one can, not covering all, and it does hide a score: the column that begins first ends late enough, or the
+    one that ends last begins early enough.
     """
     LAST: tl.constexpr = 2147483647
     UNKNOWN: tl.constexpr = 3
     touches = (low + column) * 0
-    hidden, parted = touches != 0, touches != 0
+    hidden, hides = touches != 0, touches != 0
     for i in range(intervals):
         least_start, greatest_start, least_end, greatest_end = LAST, 0, LAST, 0
         for u in tl.static_range(BLOCK_N // UNIT):
@@ -303,20 +303,19 @@ def glance(
             greatest_end = tl.maximum(greatest_end, tl.load(p_unit + 3 * units, mask=exists, other=0))
         touches += ((least_start < high) & (greatest_end > low)).to(tl.int32)
         hidden = hidden | ((greatest_start <= low) & (least_end >= high))
-        hides = ((least_start < high) & (least_end > low)) | ((greatest_end > low) & (greatest_start < high))
-        parted = parted | (hides & ((greatest_start > low) | (least_end < high)))
+        hides = hides | ((least_start < high) & (least_end > low)) | ((greatest_end > low) & (greatest_start < high))
     first = column * BLOCK_N
     if CAUSAL:
         last = tl.minimum(first + BLOCK_N, n_k) - 1 - (n_k - n_q)
         touches += (last > low).to(tl.int32)
         hidden = hidden | (first - (n_k - n_q) >= high)
-        parted = parted | ((last > low) & (first - (n_k - n_q) < high))
+        hides = hides | (last > low)
     # A kernel has to look at the end of the columns: only in partial tiles it does.
     untouched = tl.where(first + BLOCK_N <= n_k, FULL, PARTIAL)
     return tl.where(
         hidden,
         0,
-        tl.where(touches == 0, untouched, tl.where((touches == 1) & parted, PARTIAL, UNKNOWN)),
+        tl.where(touches == 0, untouched, tl.where((touches == 1) & hides, PARTIAL, UNKNOWN)),
     )
 
 
