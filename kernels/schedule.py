@@ -26,10 +26,10 @@ _MAX_STATES = 1 << 24
 # Runs that there is room for, beside 32 a block.
 _POOL = 1 << 20
 _LARGEST_TILE = 128
-# Tiles of a block that are looked at together, and that are counted together where looking does not tell.
-_CHUNK, _AT_ONCE = 256, 4
-# What a thread may have: half of what the compiler would take, so that twice as many blocks are under way.
-_WARPS, _REGISTERS = 4, 64
+# By time on an H100 (benchmarks/notes/portable.md): tiles of a block that are looked at together, and that are counted
+# together where looking does not tell; warps, and what a thread may have, less than it would take: more blocks at once.
+_CHUNK, _AT_ONCE = 128, 4
+_WARPS, _REGISTERS = 2, 96
 # Columns of a program that sums them up.
 _SPAN = 512
 # Blocks that a program places, and that it compares with them together.

@@ -67,6 +67,10 @@ SPILLS = {
     "key-bf16-100-64-1": 8,
     "forward-fp32-90-64-1": 24,
     "key-fp32-90-256-1": 152,
+    # Of three schedules at once: sizes and addresses. More registers are slower. The more of Triton 3.6.0 and 3.7.1.
+    "runs-80": 284,
+    "runs-90": 200,
+    "runs-100": 240,
 }
 
 

@@ -47,12 +47,17 @@ def assert_exact(mask, key, runs):
     assert torch.equal(runs.order, visited.sort(dim=1, descending=True, stable=True).indices.int())
 
 
-# Blocks of rows need not be powers of two.
-shapes = st.tuples(st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 4, 8]), st.booleans())
+# Blocks of rows need not be powers of two. Few, because on a GPU each is compiled.
+KEYS = (
+    [(1, 1, True)],
+    [(3, 2, True), (2, 4, False)],
+    [(2, 1, False), (6, 8, True)],
+    [(4, 4, True), (1, 2, True), (3, 8, False)],
+)
 
 
 @settings(deadline=None, max_examples=40)
-@given(raw_masks(), st.lists(shapes, min_size=1, max_size=3), st.sampled_from([1, 40, 1 << 24]))
+@given(raw_masks(), st.sampled_from(KEYS), st.sampled_from([1, 40, 1 << 24]))
 def test_runs_are_the_states(raw, keys, states_at_once):
     """One program, several, and one for each block; all of them have several chunks."""
     mask = FlashMask(raw.starts, raw.ends, causal=raw.causal, num_rows=raw.num_rows).to(DEVICE)
