@@ -31,12 +31,18 @@ from fm_longctx.kernels.hopper.primitives import (
     write_word,
 )
 
+# What the consumers are told of a tile: that it hides something; that no full tile was before it, so that there may be
+# rows that have seen no column; that the item is computed once more, with maxima (see `_softmax`).
+PARTIAL = gl.constexpr(1)
+OPENING = gl.constexpr(2)
+AGAIN = gl.constexpr(4)
+
 
 @gluon.jit
 def _fetch(
     i,
     tile,
-    partial,
+    flags,
     before,
     k_desc,
     v_desc,
@@ -56,14 +62,18 @@ def _fetch(
     K: gl.constexpr,
     V: gl.constexpr,
 ):
-    """Step i: K of its tile and V of the tile `before` it, which the consumers use together."""
+    """Step i: K of its tile and V of the tile `before` it, which the consumers use together.
+
+    flags, which they are told along with the tile: PARTIAL, OPENING, AGAIN.
+    """
     stage = i % STAGES
     n0 = tile * BLOCK_N
     size: gl.constexpr = (k_desc.block_type.nbytes if K else 0) + (v_desc.block_type.nbytes if V else 0)
     mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
     if K:
-        write_word(word_s.index(stage), tile << 1 | partial)
+        write_word(word_s.index(stage), tile << 3 | flags)
     if K and INTERVALS > 0:
+        partial = flags & PARTIAL
         mbarrier.expect(full.index(stage), size + bounds_desc.block_type.nbytes, pred=partial != 0)
         mbarrier.expect(full.index(stage), size, pred=partial == 0)
         tma.async_copy_global_to_shared(
@@ -89,6 +99,7 @@ def _produce(
     bounds_s,
     word_s,
     item_s,
+    failed_s,
     q_full,
     q_empty,
     full,
@@ -109,43 +120,66 @@ def _produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     INTERVALS: gl.constexpr,
+    STEADY: gl.constexpr,
 ):
     item = gl.program_id(0)
+    # Items that may have to be computed again: those of the last turn and of the one before; -1 if none.
+    newer, older = -1, -1
     turn, i = 0, 0
-    while item < items:
-        place, bh = place_of(item, blocks, items // blocks, abreast, last)
-        b = bh // heads
-        h = bh - b * heads
-        group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
-        block = gl.load(p_order + group * blocks + place)
-        at = group * blocks + block
-        count = gl.load(p_tiles + at)
-        run, tile, end, partial = open_list(p_first, p_runs, at)
+    while (item < items) | (newer >= 0) | (older >= 0):
         mbarrier.wait(q_empty, turn ^ 1)
-        write_word(item_s.index(0), count)
-        write_word(item_s.index(1), block)
-        write_word(item_s.index(2), bh)
-        for w in gl.static_range(2):
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [b, block * 128 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
-        turn = turn ^ 1
+        # The consumers have begun with the last turn's item, if not ended, and said how the one before it ended.
+        again = 0
+        if STEADY:  # noqa: SIM102 (known when compiled; the other is not)
+            if older >= 0:
+                ROWS: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
+                failed = failed_s.index(2 * turn).load(ROWS) | failed_s.index(2 * turn + 1).load(ROWS)
+                again = gl.max(failed, 0)
+        this = gl.where(again != 0, older, item)
+        older = newer
+        newer = -1
+        # Where nothing is left but to hear how the last item ends: an item without tiles, of rows past the end.
+        block, bh, b, h, group, at, count = blocks, 0, 0, 0, 0, 0, 0
+        if this < items:
+            place, bh = place_of(this, blocks, items // blocks, abreast, last)
+            b = bh // heads
+            h = bh - b * heads
+            group = (b % mask_batch) * mask_heads + h // (heads // mask_heads)
+            block = gl.load(p_order + group * blocks + place)
+            at = group * blocks + block
+            count = gl.load(p_tiles + at)
+            if STEADY:
+                newer = gl.where(again != 0, -1, this)
+        if (this < items) | (older >= 0):
+            write_word(item_s.index(0), count)
+            write_word(item_s.index(1), block)
+            write_word(item_s.index(2), bh)
+            for w in gl.static_range(2):
+                mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(q_desc, [b, block * 128 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
+            turn = turn ^ 1
         if count > 0:
+            run, tile, end, partial = open_list(p_first, p_runs, at)
             h_kv = h // KV_SHARE
             bounds_row = group * bounds_desc.block_shape[0]
+            flags = partial | OPENING | again * AGAIN
             # fmt: off
-            _fetch(i, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full, empty,
+            _fetch(i, tile, flags, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full, empty,
                    b, h_kv, bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=False)
             for j in range(1, count):
                 before = tile
+                opening = flags & partial << 1
                 word, word_end = peek(p_runs, run)
                 run, tile, end, partial = next_tile(run, tile, end, partial, word, word_end)
-                _fetch(i + j, tile, partial, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full,
+                flags = partial | opening | again * AGAIN
+                _fetch(i + j, tile, flags, before, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full,
                        empty, b, h_kv, bounds_row, BLOCK_N, STAGES, INTERVALS, K=True, V=True)
-            _fetch(i + count, tile, partial, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full,
+            _fetch(i + count, tile, flags, tile, k_desc, v_desc, bounds_desc, k_s, v_s, bounds_s, word_s, full,
                    empty, b, h_kv, bounds_row, BLOCK_N, STAGES, INTERVALS, K=False, V=True)
             # fmt: on
             i += count + 1
-        item = take(p_counter)
+        if again == 0:
+            item = take(p_counter)
     mbarrier.wait(q_empty, turn ^ 1)
     write_word(item_s.index(0), -1)
     for w in gl.static_range(2):
@@ -159,24 +193,54 @@ def _sum_in_thread(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, b_top, b_sum, scale_log2, BLOCK_N: gl.constexpr, LAZY: gl.constexpr):
-    """p, the new anchors and (split) sums, and the factor by which older results decay.
-
-    A row's anchor, which p is relative to, is its maximum; if LAZY, one that it had. That moves only when p would
-    exceed 256, which is rare after the first tiles, and so is the scaling of older results.
-    """
-    b_new = gl.max(s, 1)
+def _anchors(s, b_top, scale_log2, STEADY: gl.constexpr, LAZY: gl.constexpr):
+    """New anchors by the maxima of s; if LAZY, only where p would exceed 256; if STEADY, in whole binary orders."""
+    b_max = gl.max(s, 1) * scale_log2
+    if STEADY:
+        b_max = gl.floor(b_max)
     if LAZY:
-        b_new = gl.where((b_new - b_top) * scale_log2 > 8.0, b_new, b_top)
-    else:
-        b_new = gl.maximum(b_top, b_new)
-    # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.
+        return gl.where(b_max - b_top > 8.0, b_max, b_top)
+    return gl.maximum(b_top, b_max)
+
+
+@gluon.jit
+def _raise_anchors(b_top, b_sum, LAYOUT: gl.constexpr):
+    """Anchors for the next tile: where a sum has reached 2^24, so much higher that it is 1 to 2 in their units."""
+    b_sum = gl.convert_layout(gl.sum(b_sum, 1), LAYOUT)
+    orders = (b_sum.to(gl.int32, bitcast=True) >> 23) - 127
+    return gl.where(orders >= 24, b_top + orders.to(gl.float32), b_top)
+
+
+@gluon.jit
+def _softmax(s, b_top, b_new, b_sum, scale_log2, BLOCK_N: gl.constexpr):
+    """p relative to the anchors b_new, the (split) sums relative to them, and the factor by which older results decay.
+
+    A row's anchor is what its p are relative to, in units of log2: p = 2^(s scale_log2 - anchor). Results do not depend
+    on it but by rounding, as long as p, the sums and O are numbers and do not vanish. The usual anchor, the maximum so
+    far, is one of many, and what it takes to know it, 64 comparisons of a thread and two exchanges within its quad
+    before the first exponential, is a tenth of a tile's time. The STEADY kernel does without:
+
+    - A row's first anchor is the maximum of the first tile in which it sees a column. A full tile shows every row a
+      column, so that this has to be looked for in the OPENING tiles only. A row that has seen none keeps -inf, p and
+      sum 0. So an anchor is at most the maximum so far or, once raised, log2 of the columns above it: p that count do
+      not vanish, since float32 and bfloat16 reach to 2^-126. float16 does not; it keeps the maxima.
+    - When the sum has reached 2^24, the anchor is raised by the sum's binary order, and O and the sum decay by as much.
+      That is one exchange a tile, and nothing waits for it before the next tile's exponentials.
+    - Within one tile p may outgrow that: at 2^128, or scores 88 above all that the row saw before. Then a sum or an
+      element of O is no number in the end, or a sum is so large that dividing by it loses digits. Consumers look for
+      that when an item ends, and the producer has them compute the item AGAIN, with maxima in every tile. So inf and
+      NaN in the inputs lead to what they lead to with maxima.
+    - Which tiles are visited changes no bit: what is done to a row in a tile depends on that row alone. Where nothing
+      is visible, p is 0 and the anchor stays, unless it is about to be raised: which the next tile would do as well,
+      by as much. And anchors are whole numbers, so that decays are powers of two, exact whenever they are applied.
+    """
+    # A row that has seen no column yet: any finite anchor, -inf would give NaN.
     b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor * scale_log2, 1))
-    # The difference first: an unchanged anchor then decays by exactly 1, so a tile that is hidden changes no bit.
-    b_decay = gl.exp2((b_top - b_anchor) * scale_log2)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor, 1))
+    # The difference first: an unchanged anchor decays by exactly 1, so a tile that is hidden changes no bit.
+    b_decay = gl.exp2(b_top - b_anchor)
     split_decay = gl.expand_dims(gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout)), 1)
-    return p, b_new, b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay
+    return p, b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay
 
 
 @gluon.jit
@@ -195,6 +259,7 @@ def _consume(
     bounds_s,
     word_s,
     item_s,
+    failed_s,
     q_full,
     q_empty,
     full,
@@ -213,8 +278,11 @@ def _consume(
     Q_IN_REGISTERS: gl.constexpr,
     OUT_BUFFER: gl.constexpr,
     LAZY: gl.constexpr,
+    STEADY: gl.constexpr,
 ):
     LOG2E: gl.constexpr = 1.4426950408889634
+    LN2: gl.constexpr = 0.6931471805599453
+    LIMIT: gl.constexpr = 1e30
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -249,11 +317,13 @@ def _consume(
             s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
             word = read_word(word_s.index(stage))
             s = warpgroup_mma_wait(0, deps=(s,))
-            if word & 1:
-                n0 = (word >> 1) * BLOCK_N
+            if word & PARTIAL:
+                n0 = (word >> 3) * BLOCK_N
                 s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
             mbarrier.arrive(empty.index(stage), count=1)
-            p, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N, LAZY)
+            b_next = _anchors(s, b_top, scale_log2, STEADY, LAZY=False)
+            p, split_sum, b_decay = _softmax(s, b_top, b_next, split_sum, scale_log2, BLOCK_N)
+            b_top = b_next
             p = gl.convert_layout(p.to(dtype), P)
             i += 1
 
@@ -267,10 +337,22 @@ def _consume(
                 s = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
                 token = warpgroup_mma(p, v, b_out, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                if word & 1:
-                    n0 = (word >> 1) * BLOCK_N
-                    s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
-                p32, b_top, split_sum, b_decay = _softmax(s, b_top, split_sum, scale_log2, BLOCK_N, LAZY)
+                if word & (PARTIAL | OPENING | AGAIN if STEADY else PARTIAL):
+                    if word & PARTIAL:
+                        n0 = (word >> 3) * BLOCK_N
+                        s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
+                    if STEADY:  # noqa: SIM102
+                        if word & (OPENING | AGAIN):
+                            follow = (b_top == float("-inf")) | ((word & AGAIN) != 0)
+                            b_next = gl.where(follow, _anchors(s, b_next, scale_log2, STEADY, LAZY=False), b_next)
+                if not STEADY:
+                    b_next = _anchors(s, b_top, scale_log2, STEADY, LAZY)
+                p32, split_sum, b_decay = _softmax(s, b_top, b_next, split_sum, scale_log2, BLOCK_N)
+                b_top = b_next
+                if STEADY:
+                    # Here, not where it is used: an exchange between threads, which ptxas does not move over what ends
+                    # a basic block, and so keeps all that it depends on before the wait for P V.
+                    b_next = _raise_anchors(b_top, split_sum, S_ROW)
                 p16 = p32.to(dtype)
                 # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting
                 # the wait for P V above the softmax that is to hide it.
@@ -295,10 +377,14 @@ def _consume(
             mbarrier.arrive(q_empty, count=1)
 
         b_sum = gl.convert_layout(gl.sum(split_sum, 1), S_ROW)
+        if STEADY:
+            # Not a number, or too large to divide by: the item is computed again.
+            failed = (gl.convert_layout(gl.sum(b_out * 0.0, 1), S_ROW) != 0.0) | ~(b_sum < LIMIT)
+            failed_s.index(2 * turn + w).store(failed.to(gl.int32))
         seen = b_sum > 0.0
         b_sum = gl.where(seen, b_sum, 1.0)
         b_out = b_out * gl.expand_dims(gl.convert_layout(1.0 / b_sum, O_ROW), 1)
-        b_lse = gl.where(seen, b_top * scale + gl.log(b_sum), float("-inf"))
+        b_lse = gl.where(seen, b_top * LN2 + gl.log(b_sum), float("-inf"))
         gl.store(p_lse + bh.to(gl.uint64) * gl.cast(n_q, gl.uint32) + o_m, b_lse, mask=o_m < n_q)
         b = bh // heads
         h = bh - b * heads
@@ -363,6 +449,7 @@ def forward_kernel(
     Q_IN_REGISTERS: gl.constexpr,
     OUT_BUFFER: gl.constexpr,
     LAZY: gl.constexpr,
+    STEADY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
@@ -375,6 +462,7 @@ def forward_kernel(
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     word_s = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
     item_s = gl.allocate_shared_memory(gl.int32, [3, 1], WORD)
+    failed_s = gl.allocate_shared_memory(gl.int32, [4, 64], WORD)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -391,15 +479,17 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
-                        word_s, item_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY)),
+                        word_s, item_s, failed_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY,
+                        STEADY)),
             (_consume, (1, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
-                        word_s, item_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY)),
+                        word_s, item_s, failed_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
+                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY,
+                        STEADY)),
             (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
-                        q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
+                        failed_s, q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
                         blocks, items, abreast, last, heads, mask_batch, mask_heads,
-                        KV_SHARE, BLOCK_N, STAGES, INTERVALS)),
+                        KV_SHARE, BLOCK_N, STAGES, INTERVALS, STEADY)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, 24],

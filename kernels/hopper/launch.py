@@ -41,17 +41,24 @@ class Config(NamedTuple):
     out_buffer: bool = True
     """The output leaves by a buffer of its own, so that the next Q can come meanwhile."""
     lazy_up_to: int = -1
-    """The most intervals of a mask for which O is scaled behind a branch. With more, ptxas moves the wait for P V above
-    the softmax (D 128), or it gained nothing (D 64), or it was not measured (D 256)."""
+    """If not `steady`: the most intervals of a mask for which O is scaled behind a branch. With more, ptxas moves the
+    wait for P V above the softmax (D 128), or it gained nothing (D 64), or it was not measured (D 256)."""
+    steady: bool = False
+    """Full tiles are computed without their maxima, and O is scaled behind a branch: with bfloat16 (`_softmax` of the
+    forward says why not with float16). Not measured at D 64 and 256."""
     consumer_registers: int = 240
 
 
 # By head dimension; benchmarks/hopper.py times the alternatives.
 FORWARD = {
     64: Config(128, 2, q_in_registers=True),
-    128: Config(128, 2, q_in_registers=True, lazy_up_to=0),
+    128: Config(128, 2, q_in_registers=True, lazy_up_to=0, steady=True),
     256: Config(64, 2, out_buffer=False, lazy_up_to=0),
 }
+
+
+def steady(config: Config, dtype: torch.dtype) -> bool:
+    return config.steady and dtype == torch.bfloat16
 
 
 class BackwardConfig(NamedTuple):
@@ -197,7 +204,8 @@ def forward(
             TMA_STORE=out_dtype == q.dtype,
             Q_IN_REGISTERS=config.q_in_registers,
             OUT_BUFFER=config.out_buffer,
-            LAZY=mask.num_intervals <= config.lazy_up_to,
+            STEADY=steady(config, q.dtype),
+            LAZY=steady(config, q.dtype) or mask.num_intervals <= config.lazy_up_to,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )

@@ -27,17 +27,17 @@ def hide_rows(
     """
     LAST: gl.constexpr = 2147483647
     o_m = gl.expand_dims(o_m, 1)
-    o_n = gl.expand_dims(n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # Of its columns a thread holds 2 l and 2 l + 1 of every eight. With 2 l on the rows' side the other is a constant.
+    o_n = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    o_l, o_n = o_n & 6, o_n & (BLOCK_N - 7)
     # One select a condition: keeping a tile of booleans alive across them would spill.
-    if INTERVALS == 0:
-        if CAUSAL:
-            s = gl.where(o_m >= gl.where(o_n < n_k, o_n - (n_k - n_q), LAST), s, float("-inf"))
-        else:
-            s = gl.where(o_n < n_k, s, float("-inf"))
-    elif CAUSAL:  # noqa: SIM102 (known when compiled; the other is not)
+    if CAUSAL:
         # Of the tiles that intervals touch few meet the diagonal, and whether one does is the same for all threads.
-        if m0 < n0 + BLOCK_N - 1 - (n_k - n_q):
-            s = gl.where(o_m >= o_n - (n_k - n_q), s, float("-inf"))
+        # Rows that exist see no column past the end.
+        if INTERVALS == 0 or m0 < n0 + BLOCK_N - 1 - (n_k - n_q):
+            s = gl.where(o_m - (n0 - (n_k - n_q)) - o_l >= o_n, s, float("-inf"))
+    elif INTERVALS == 0:
+        s = gl.where(n_k - n0 - o_l > o_n, s, float("-inf"))
     for i in gl.static_range(INTERVALS):
         start = bounds.slice(2 * i, 1, 0).load(LAYOUT)
         left = bounds.slice(2 * i + 1, 1, 0).load(LAYOUT)

@@ -15,6 +15,7 @@ import tempfile
 from contextlib import redirect_stdout
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
@@ -121,20 +122,22 @@ def portable(
     return resources(PORTABLE[kind], types, constants, capability, options)
 
 
-def hopper_forward(d: int, intervals: int, causal: int) -> dict[str, Any]:
+def hopper_forward(d: int, intervals: int, causal: int, fp16: int = 0) -> dict[str, Any]:
     config = launch.FORWARD[d]
+    dtype = "fp16" if fp16 else "bf16"
     rows = max(2, triton.next_power_of_2(2 * intervals))
     types = {
-        "q_desc": descriptor("bf16", 1, 64, 1, d),
-        "k_desc": descriptor("bf16", 1, config.block_n, 1, d),
-        "v_desc": descriptor("bf16", 1, config.block_n, 1, d),
-        "out_desc": descriptor("bf16", 1, 64, 1, d),
+        "q_desc": descriptor(dtype, 1, 64, 1, d),
+        "k_desc": descriptor(dtype, 1, config.block_n, 1, d),
+        "v_desc": descriptor(dtype, 1, config.block_n, 1, d),
+        "out_desc": descriptor(dtype, 1, 64, 1, d),
         "bounds_desc": descriptor("i32", rows, config.block_n),
     }
     constants = dict(KV_SHARE=4, BLOCK_N=config.block_n, D=d, D_V=d, STAGES=config.stages, INTERVALS=intervals)
     constants |= dict(CAUSAL=bool(causal), TMA_STORE=True)
     constants |= dict(Q_IN_REGISTERS=config.q_in_registers, OUT_BUFFER=config.out_buffer)
-    constants |= dict(LAZY=intervals <= config.lazy_up_to)
+    steady = launch.steady(config, torch.float16 if fp16 else torch.bfloat16)
+    constants |= dict(STEADY=steady, LAZY=steady or intervals <= config.lazy_up_to)
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_forward_kernels.forward_kernel, types, constants, 90, dict(num_warps=4))
 
@@ -185,7 +188,7 @@ def hopper_query(d: int, intervals: int, causal: int, tma_store: int) -> dict[st
 
 def descriptor(dtype: str, *box: int, swizzle: int | None = None) -> str:
     """Type of the TMA descriptors that the launch makes: swizzled if of `[B, N, H, D]`, plain if a table or a sum."""
-    bits, swizzle = (16 if dtype == "bf16" else 32), (128 if len(box) == 4 else 0) if swizzle is None else swizzle
+    bits, swizzle = (16 if dtype in ("bf16", "fp16") else 32), (128 if len(box) == 4 else 0) if swizzle is None else swizzle
     layout = f"swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)}, transposed=False"
     return f"tensordesc<{dtype}{list(box)},NVMMASharedLayout({layout}, fp4_padded=False, cga_layout=[])>"
 
