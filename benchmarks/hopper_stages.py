@@ -34,7 +34,7 @@ Changes = tuple[tuple[str, str], ...]
 FORWARD: dict[str, Changes] = {
     "all": (),
     "no exponentials": (("p = gl.exp2(s * scale_log2 - ", "p = (s * scale_log2 - "),),
-    "no maxima": (("    b_new = gl.max(s, 1)\n", "    b_new = gl.where(b_top > 0.0, b_top, 0.0)\n"),),
+    "anchors never rise": (("b_next = _raise_anchors(b_top, split_sum, S_ROW)", "b_next = b_top"),),
     "no sums": (("b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay", "b_sum * split_decay, b_decay"),),
     "no decay of O": (
         ("b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))\n", "pass\n"),

@@ -4,7 +4,8 @@ An item is 128 rows of one query head. A CTA takes one after the other, longest 
 an item, the producer fetches Q, K and V of the next. It walks the item's runs of tiles, keeps STAGES tiles of K and V
 in flight, fetches the columns' interval bounds along with K if a tile is partial, and tells the consumers by a word in
 shared memory which tile that is. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j together and does
-the softmax of tile j + 1 while the tensor cores finish the latter.
+the softmax of tile j + 1 while the tensor cores finish the latter. What a row's exponentials are relative to is in most
+tiles not its maximum: `_softmax` says why that is right for any input, and which items are computed again.
 
 Source: FlashAttention-3 (arXiv 2407.08608), algorithm 2 (overlap within a warpgroup), over FlashMask's visible tiles.
 """
