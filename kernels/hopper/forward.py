@@ -206,10 +206,14 @@ def _anchors(s, b_top, scale_log2, STEADY: gl.constexpr, LAZY: gl.constexpr):
 
 @gluon.jit
 def _raise_anchors(b_top, b_sum, LAYOUT: gl.constexpr):
-    """Anchors for the next tile: where a sum has reached 2^24, so much higher that it is 1 to 2 in their units."""
+    """Anchors for the next tile: where a sum has reached 2^24, so much higher that it is 1 to 2 in their units.
+
+    Where it has reached 2^100, NaN: the factor by which it would decay comes near to the least that there is.
+    """
     b_sum = gl.convert_layout(gl.sum(b_sum, 1), LAYOUT)
     orders = (b_sum.to(gl.int32, bitcast=True) >> 23) - 127
-    return gl.where(orders >= 24, b_top + orders.to(gl.float32), b_top)
+    b_next = gl.where(orders >= 24, b_top + orders.to(gl.float32), b_top)
+    return gl.where(orders >= 100, float("nan"), b_next)
 
 
 @gluon.jit
@@ -227,13 +231,14 @@ def _softmax(s, b_top, b_new, b_sum, scale_log2, BLOCK_N: gl.constexpr):
       not vanish, since float32 and bfloat16 reach to 2^-126. float16 does not; it keeps the maxima.
     - When the sum has reached 2^24, the anchor is raised by the sum's binary order, and O and the sum decay by as much.
       That is one exchange a tile, and nothing waits for it before the next tile's exponentials.
-    - Within one tile p may outgrow that: at 2^128, or scores 88 above all that the row saw before. Then a sum or an
-      element of O is no number in the end, or a sum is so large that dividing by it loses digits. Consumers look for
-      that when an item ends, and the producer has them compute the item AGAIN, with maxima in every tile. So inf and
-      NaN in the inputs lead to what they lead to with maxima.
+    - Within one tile p may outgrow that: the sum reaches 2^100 where a score is 50 to 70 above all that the row saw
+      before. Its anchor becomes NaN then, and so does what follows. O may overflow before, by large v. Consumers look
+      for what is no number when an item ends, and the producer has them compute the item AGAIN, with maxima in every
+      tile. So inf and NaN in the inputs lead to what they lead to with maxima.
     - Which tiles are visited changes no bit: what is done to a row in a tile depends on that row alone. Where nothing
       is visible, p is 0 and the anchor stays, unless it is about to be raised: which the next tile would do as well,
-      by as much. And anchors are whole numbers, so that decays are powers of two, exact whenever they are applied.
+      by as much, and the item's end. And anchors are whole numbers, so that decays are powers of two, exact whenever
+      they are applied.
     """
     # A row that has seen no column yet: any finite anchor, -inf would give NaN.
     b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)
@@ -283,7 +288,6 @@ def _consume(
 ):
     LOG2E: gl.constexpr = 1.4426950408889634
     LN2: gl.constexpr = 0.6931471805599453
-    LIMIT: gl.constexpr = 1e30
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_V, 16])  # noqa: E741
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -302,6 +306,7 @@ def _consume(
         o_m = m_w + gl.arange(0, 64, layout=S_ROW)
         b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
         b_out = gl.full([64, D_V], 0.0, gl.float32, O)
+        b_next = b_top
         split_sum = _sum_in_thread(blank, 64, BLOCK_N)
         if Q_IN_REGISTERS:
             # Read once instead of by every S = Q K^T: shared memory is what the products share with the copies.
@@ -378,13 +383,19 @@ def _consume(
             mbarrier.arrive(q_empty, count=1)
 
         b_sum = gl.convert_layout(gl.sum(split_sum, 1), S_ROW)
+        b_decay = gl.full([64], 1.0, gl.float32, S_ROW)
         if STEADY:
-            # Not a number, or too large to divide by: the item is computed again.
-            failed = (gl.convert_layout(gl.sum(b_out * 0.0, 1), S_ROW) != 0.0) | ~(b_sum < LIMIT)
-            failed_s.index(2 * turn + w).store(failed.to(gl.int32))
+            # Not a number: the item is computed again.
+            failed = gl.convert_layout(gl.sum(b_out * 0.0, 1), S_ROW) + b_sum * 0.0 != 0.0
+            failed_s.index(2 * turn + w).store((failed | (b_next != b_next)).to(gl.int32))
+            # As a hidden tile would do, for one may have been visited or not.
+            rises = b_next > b_top
+            b_decay = gl.where(rises, gl.exp2(b_top - b_next), 1.0)
+            b_top = gl.where(rises, b_next, b_top)
+            b_sum *= b_decay
         seen = b_sum > 0.0
         b_sum = gl.where(seen, b_sum, 1.0)
-        b_out = b_out * gl.expand_dims(gl.convert_layout(1.0 / b_sum, O_ROW), 1)
+        b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay * (1.0 / b_sum), O_ROW), 1)
         b_lse = gl.where(seen, b_top * LN2 + gl.log(b_sum), float("-inf"))
         gl.store(p_lse + bh.to(gl.uint64) * gl.cast(n_q, gl.uint32) + o_m, b_lse, mask=o_m < n_q)
         b = bh // heads

@@ -65,7 +65,7 @@ MASKS = {
 }
 
 
-# Within an anchor's reach; beyond 2^24, where it rises; beyond 2^128, where the item is computed again.
+# Within an anchor's reach; beyond 2^24, where it rises; beyond 2^100, where the item is computed again.
 @pytest.mark.parametrize("by", [5.0, 30.0, 70.0, 120.0, 2000.0])
 @pytest.mark.parametrize("shape", HEIGHTS)
 @pytest.mark.parametrize("mask", MASKS)
@@ -73,7 +73,14 @@ def test_scores_that_leave_their_anchor(mask, shape, by):
     compare(*inputs_of(HEIGHTS[shape](by)), MASKS[mask])
 
 
-@pytest.mark.parametrize("by", [14.0, 28.0, 42.0, 100.0])
+def test_scores_by_every_distance_from_their_anchor():
+    """From where it rises to beyond 2^128."""
+    for by in torch.arange(10.0, 100.0, 1.3).tolist():
+        compare(*inputs_of(HEIGHTS["step"](by)), MASKS["causal"])
+        compare(*inputs_of(HEIGHTS["last column"](by)), MASKS["full"])
+
+
+@pytest.mark.parametrize("by", [14.0, 28.0, 42.0, 60.0, 64.0, 68.0, 72.0, 100.0])
 @pytest.mark.parametrize("shape", ["stairs", "peaks"])
 def test_skipping_changes_no_bit_of_what_rises(shape, by):
     """By 2^20 to 2^60 a tile, and hidden tiles before, between and behind."""
