@@ -188,7 +188,8 @@ def hopper_query(d: int, intervals: int, causal: int, tma_store: int) -> dict[st
 
 def descriptor(dtype: str, *box: int, swizzle: int | None = None) -> str:
     """Type of the TMA descriptors that the launch makes: swizzled if of `[B, N, H, D]`, plain if a table or a sum."""
-    bits, swizzle = (16 if dtype in ("bf16", "fp16") else 32), (128 if len(box) == 4 else 0) if swizzle is None else swizzle
+    bits = 16 if dtype in ("bf16", "fp16") else 32
+    swizzle = (128 if len(box) == 4 else 0) if swizzle is None else swizzle
     layout = f"swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(box)}, transposed=False"
     return f"tensordesc<{dtype}{list(box)},NVMMASharedLayout({layout}, fp4_padded=False, cga_layout=[])>"
 
