@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--block-n", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--q-in-registers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--consumers", type=int, nargs="+", choices=[2, 3], help="the shipped number if not given")
     parser.add_argument(
         "--masks", nargs="+", default=["causal", "full", "causal_document", "document", "random_eviction"]
     )
@@ -43,11 +44,13 @@ def main() -> None:
     }
     for d in options.head_dims:
         for name in options.masks:
-            for block_n, stages, in_registers in itertools.product(
-                options.block_n, options.stages, options.q_in_registers
+            shipped = launch.forward_config(d, masks[name].num_intervals)
+            for block_n, stages, in_registers, consumers in itertools.product(
+                options.block_n, options.stages, options.q_in_registers, options.consumers or [shipped.consumers]
             ):
-                shipped = launch.FORWARD[d]
-                config = shipped._replace(block_n=block_n, stages=stages, q_in_registers=bool(in_registers))
+                config = shipped._replace(
+                    block_n=block_n, stages=stages, q_in_registers=bool(in_registers), consumers=consumers
+                )
                 time_config(config, name, masks[name].to("cuda"), n, options.heads, d)
 
 
@@ -61,7 +64,7 @@ def time_config(config: launch.Config, name: str, mask: FlashMask, n: int, heads
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         return launch.forward(q, k, v, mask, scale=scale, out_dtype=q.dtype)
 
-    kept, launch.FORWARD[d] = launch.FORWARD[d], config
+    kept, launch.forward_config = launch.forward_config, lambda *_: config
     label = f"D {d:3} {name:16} {config!s:74}"
     try:
         out, lse = run()
@@ -75,7 +78,7 @@ def time_config(config: launch.Config, name: str, mask: FlashMask, n: int, heads
     except OutOfResources:
         print(f"{label} more shared memory than there is", flush=True)
     finally:
-        launch.FORWARD[d] = kept
+        launch.forward_config = kept
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The Hopper forward kernel, in Gluon: a TMA producer warp and two consumer warpgroups of 64 query rows each.
+"""The Hopper forward kernel, in Gluon: a TMA producer warp and two or three consumer warpgroups of 64 query rows each.
 
-An item is 128 rows of one query head. A CTA takes one after the other, longest lists first: while the consumers finish
-an item, the producer fetches Q, K and V of the next. It walks the item's runs of tiles, keeps STAGES tiles of K and V
-in flight, fetches the columns' interval bounds along with K if a tile is partial, and tells the consumers by a word in
-shared memory which tile that is. Each consumer issues S = Q K^T of tile j + 1 and O += P V of tile j together and does
-the softmax of tile j + 1 while the tensor cores finish the latter. What a row's exponentials are relative to is in most
-tiles not its maximum: `_softmax` says why that is right for any input, and which items are computed again.
+An item is the rows of all consumers, of one query head. A CTA takes one after the other, longest lists first: while the
+consumers finish an item, the producer fetches Q, K and V of the next. It walks the item's runs of tiles, keeps STAGES
+tiles of K and V in flight, fetches the columns' interval bounds along with K if a tile is partial, and tells the
+consumers by a word in shared memory which tile that is. Each consumer issues S = Q K^T of tile j + 1 and O += P V of
+tile j together and does the softmax of tile j + 1 while the tensor cores finish the latter. What a row's exponentials
+are relative to is in most tiles not its maximum: `_softmax` says why that is right for any input, and which items are
+computed again.
 
 Source: FlashAttention-3 (arXiv 2407.08608), algorithm 2 (overlap within a warpgroup), over FlashMask's visible tiles.
 """
@@ -90,6 +91,9 @@ def _fetch(
 
 @gluon.jit
 def _produce(
+    KV_SHARE: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    STEADY: gl.constexpr,
     q_desc,
     k_desc,
     v_desc,
@@ -117,12 +121,10 @@ def _produce(
     heads,
     mask_batch,
     mask_heads,
-    KV_SHARE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    INTERVALS: gl.constexpr,
-    STEADY: gl.constexpr,
 ):
+    CONSUMERS: gl.constexpr = q_s.shape[0]
+    STAGES: gl.constexpr = k_s.shape[0]
+    BLOCK_N: gl.constexpr = k_s.shape[2]
     item = gl.program_id(0)
     # Items that may have to be computed again: those of the last turn and of the one before; -1 if none.
     newer, older = -1, -1
@@ -134,8 +136,8 @@ def _produce(
         if STEADY:  # noqa: SIM102 (known when compiled; the other is not)
             if older >= 0:
                 ROWS: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
-                failed = failed_s.index(2 * turn).load(ROWS) | failed_s.index(2 * turn + 1).load(ROWS)
-                again = gl.max(failed, 0)
+                for w in gl.static_range(CONSUMERS):
+                    again |= gl.max(failed_s.index(CONSUMERS * turn + w).load(ROWS), 0)
         this = gl.where(again != 0, older, item)
         older = newer
         newer = -1
@@ -155,9 +157,10 @@ def _produce(
             write_word(item_s.index(0), count)
             write_word(item_s.index(1), block)
             write_word(item_s.index(2), bh)
-            for w in gl.static_range(2):
+            for w in gl.static_range(CONSUMERS):
+                m_w = (block * CONSUMERS + w) * 64
                 mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(q_desc, [b, block * 128 + 64 * w, h, 0], q_full.index(w), q_s.index(w))
+                tma.async_copy_global_to_shared(q_desc, [b, m_w, h, 0], q_full.index(w), q_s.index(w))
             turn = turn ^ 1
         if count > 0:
             run, tile, end, partial = open_list(p_first, p_runs, at)
@@ -183,7 +186,7 @@ def _produce(
             item = take(p_counter)
     mbarrier.wait(q_empty, turn ^ 1)
     write_word(item_s.index(0), -1)
-    for w in gl.static_range(2):
+    for w in gl.static_range(CONSUMERS):
         mbarrier.arrive(q_full.index(w), count=1)
 
 
@@ -252,6 +255,13 @@ def _softmax(s, b_top, b_new, b_sum, scale_log2, BLOCK_N: gl.constexpr):
 @gluon.jit
 def _consume(
     w: gl.constexpr,
+    INTERVALS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TMA_STORE: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
+    OUT_BUFFER: gl.constexpr,
+    LAZY: gl.constexpr,
+    STEADY: gl.constexpr,
     out_desc,
     p_out,
     p_lse,
@@ -274,18 +284,12 @@ def _consume(
     n_k,
     heads,
     scale,
-    BLOCK_N: gl.constexpr,
-    D: gl.constexpr,
-    D_V: gl.constexpr,
-    STAGES: gl.constexpr,
-    INTERVALS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    TMA_STORE: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
-    OUT_BUFFER: gl.constexpr,
-    LAZY: gl.constexpr,
-    STEADY: gl.constexpr,
 ):
+    CONSUMERS: gl.constexpr = q_s.shape[0]
+    STAGES: gl.constexpr = k_s.shape[0]
+    BLOCK_N: gl.constexpr = k_s.shape[2]
+    D: gl.constexpr = k_s.shape[4]
+    D_V: gl.constexpr = v_s.shape[4]
     LOG2E: gl.constexpr = 1.4426950408889634
     LN2: gl.constexpr = 0.6931471805599453
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -302,7 +306,7 @@ def _consume(
     while count >= 0:
         block = read_word(item_s.index(1))
         bh = read_word(item_s.index(2))
-        m_w = block * 128 + 64 * w
+        m_w = (block * CONSUMERS + w) * 64
         o_m = m_w + gl.arange(0, 64, layout=S_ROW)
         b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
         b_out = gl.full([64, D_V], 0.0, gl.float32, O)
@@ -387,7 +391,7 @@ def _consume(
         if STEADY:
             # Not a number: the item is computed again.
             failed = gl.convert_layout(gl.sum(b_out * 0.0, 1), S_ROW) + b_sum * 0.0 != 0.0
-            failed_s.index(2 * turn + w).store((failed | (b_next != b_next)).to(gl.int32))
+            failed_s.index(CONSUMERS * turn + w).store((failed | (b_next != b_next)).to(gl.int32))
             # As a hidden tile would do, for one may have been visited or not.
             rises = b_next > b_top
             b_decay = gl.where(rises, gl.exp2(b_top - b_next), 1.0)
@@ -462,48 +466,58 @@ def forward_kernel(
     OUT_BUFFER: gl.constexpr,
     LAZY: gl.constexpr,
     STEADY: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 64, 1, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, D_V], v_desc.layout)
     bounds_s = gl.allocate_shared_memory(gl.int32, [STAGES, bounds_desc.block_shape[0], BLOCK_N], bounds_desc.layout)
     out_s = q_s
     if OUT_BUFFER:
-        out_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+        out_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 64, 1, D], q_desc.layout)
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     word_s = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
     item_s = gl.allocate_shared_memory(gl.int32, [3, 1], WORD)
-    failed_s = gl.allocate_shared_memory(gl.int32, [4, 64], WORD)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    failed_s = gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS, 64], WORD)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_empty, count=2)
-    for w in gl.static_range(2):
+    mbarrier.init(q_empty, count=CONSUMERS)
+    for w in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(w), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
 
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_consume, (0, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
-                        word_s, item_s, failed_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY,
-                        STEADY)),
-            (_consume, (1, out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
-                        word_s, item_s, failed_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale,
-                        BLOCK_N, D, D_V, STAGES, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY,
-                        STEADY)),
-            (_produce, (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
-                        failed_s, q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
-                        blocks, items, abreast, last, heads, mask_batch, mask_heads,
-                        KV_SHARE, BLOCK_N, STAGES, INTERVALS, STEADY)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, 24],
-    )
+    # ruff: noqa: RUF005 (Triton knows no other way)
+    common = (out_desc, p_out, p_lse, stride_ob, stride_on, stride_oh, q_s, out_s, k_s, v_s, bounds_s,
+              word_s, item_s, failed_s, q_full, q_empty, full, empty, n_q, n_k, heads, scale)
+    source = (q_desc, k_desc, v_desc, bounds_desc, q_s, k_s, v_s, bounds_s, word_s, item_s,
+              failed_s, q_full, q_empty, full, empty, p_runs, p_first, p_tiles, p_order, p_counter,
+              blocks, items, abreast, last, heads, mask_batch, mask_heads)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY, STEADY) + common),
+                (_consume, (1, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY, STEADY) + common),
+                (_produce, (KV_SHARE, INTERVALS, STEADY) + source),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY, STEADY) + common),
+                (_consume, (1, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY, STEADY) + common),
+                (_consume, (2, INTERVALS, CAUSAL, TMA_STORE, Q_IN_REGISTERS, OUT_BUFFER, LAZY, STEADY) + common),
+                (_produce, (KV_SHARE, INTERVALS, STEADY) + source),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
+        )
     # fmt: on

@@ -29,6 +29,7 @@ HEAD_DIMS = (64, 128, 256)
 MAX_INTERVALS = 3
 # Gluon is experimental: it changes between Triton releases. With these the GPU tests passed on an H100 (3.6.0, 3.7.1).
 TRITON_VERSIONS = ("3.6", "3.7")
+# The rows of a block of the pass that computes dQ alone.
 BLOCK_M = 128
 Schedule = TileRuns
 schedules = all_tile_runs
@@ -45,8 +46,18 @@ class Config(NamedTuple):
     wait for P V above the softmax (D 128), or it gained nothing (D 64), or it was not measured (D 256)."""
     steady: bool = False
     """Full tiles are computed without their maxima, and O is scaled behind a branch: with bfloat16 (`_softmax` of the
-    forward says why not with float16). Not measured at D 64 and 256."""
-    consumer_registers: int = 240
+    forward says why not with float16). With two consumers it gained nothing at D 64; not measured at D 256."""
+    consumers: int = 2
+    """Warpgroups of 64 rows each."""
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def consumer_registers(self) -> int:
+        """Of a thread; the producer keeps 24."""
+        return {2: 240, 3: 160}[self.consumers]
 
 
 # By head dimension; benchmarks/hopper.py times the alternatives.
@@ -55,6 +66,14 @@ FORWARD = {
     128: Config(128, 2, q_in_registers=True, lazy_up_to=0, steady=True),
     256: Config(64, 2, out_buffer=False, lazy_up_to=0),
 }
+# Of masks without intervals, where another is faster. Their lists are long: what a third consumer wins in the loop is
+# more than what a block of 192 rows loses at its list's ends; under documents and windows it is less, by 8 to 20%.
+WITHOUT_INTERVALS = {64: Config(128, 2, steady=True, consumers=3)}
+
+
+def forward_config(d: int, intervals: int) -> Config:
+    """The configuration for head dimension d and masks of so many intervals."""
+    return WITHOUT_INTERVALS.get(d, FORWARD[d]) if intervals == 0 else FORWARD[d]
 
 
 def steady(config: Config, dtype: torch.dtype) -> bool:
@@ -99,14 +118,13 @@ def schedules_needed(
 ) -> list[tuple[int, int, bool]]:
     """(block_m, block_n, by_row) of every schedule that a pass over these inputs reads."""
     d = q.shape[-1]
-    by_row = (BLOCK_M, FORWARD[d].block_n, True)
+    config = forward_config(d, mask.num_intervals)
     if not backward:
-        return [by_row]
+        return [(config.block_m, config.block_n, True)]
     if d not in BACKWARD:
         return portable.schedules_needed(q, v, mask, backward=True, deterministic=deterministic)
-    by_column = (BACKWARD[d].block_m, BLOCK_N, False)
-    # With grouped heads it depends on the mask's heads, and the forward has made this one.
-    return [by_column, by_row] if deterministic or q.shape[2] > v.shape[2] else [by_column]
+    by_column, by_row = (BACKWARD[d].block_m, BLOCK_N, False), (BLOCK_M, FORWARD[d].block_n, True)
+    return [by_column] if _fused(q.shape[2], v.shape[2], mask.heads, deterministic) else [by_column, by_row]
 
 
 def _fused(h: int, h_kv: int, mask_heads: int, deterministic: bool) -> bool:
@@ -162,8 +180,8 @@ def forward(
     lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or n_k == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    config = FORWARD[d]
-    runs = tile_runs(mask, BLOCK_M, config.block_n, by_row=True)
+    config = forward_config(d, mask.num_intervals)
+    runs = tile_runs(mask, config.block_m, config.block_n, by_row=True)
     with torch.cuda.device_of(q):
         blocks = runs.order.shape[1]
         grid, counter = _grid(blocks * h * b, q.device)
@@ -206,6 +224,7 @@ def forward(
             OUT_BUFFER=config.out_buffer,
             STEADY=steady(config, q.dtype),
             LAZY=steady(config, q.dtype) or mask.num_intervals <= config.lazy_up_to,
+            CONSUMERS=config.consumers,
             CONSUMER_REGISTERS=config.consumer_registers,
             num_warps=4,
         )
@@ -318,7 +337,7 @@ def _query_gradient(
     scale: float,
     grad_dtype: torch.dtype,
 ) -> Tensor:
-    """dq of `backward`, by row-block: the forward's blocks, so that it walks the forward's list."""
+    """dq of `backward`, by row-block of BLOCK_M: where the forward's are the same, it walks the forward's list."""
     (b, n_q, h, d), n_k = q.shape, k.shape[1]
     dq = torch.empty(q.shape, dtype=grad_dtype, device=q.device)
     config = FORWARD[d]

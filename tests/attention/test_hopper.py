@@ -45,6 +45,19 @@ def test_lengths(rows, columns, causal):
     check(attend_under(mask), q, k, v, visible[None, None], 1 / math.sqrt(128))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (64, 65), (191, 193), (192, 192), (193, 40), (40, 300), (577, 333)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths_without_intervals(rows, columns, causal, dtype):
+    """At D 64, where a block is the 192 rows of three consumers: with one, two or three of them to do."""
+    r, j = torch.arange(rows, device=DEVICE)[:, None], torch.arange(columns, device=DEVICE)[None, :]
+    visible = (j - (columns - rows) <= r) if causal else (r == r).expand(rows, columns)
+    none = torch.zeros((1, 1, 0, columns), dtype=torch.int32)
+    mask = FlashMask(none, none, causal=causal, num_rows=rows).to(DEVICE)
+    q, k, v = random_inputs(batch=2, rows=rows, columns=columns, heads=6, kv_heads=3, d=64, dtype=dtype)
+    check(attend_under(mask), q, k, v, visible[None, None], 1 / 8)
+
+
 @pytest.mark.parametrize("mask_heads", [1, 2, 6])
 def test_masks_by_sample_and_head(mask_heads):
     n = 400
@@ -112,10 +125,13 @@ def test_repeats_bit_for_bit():
     assert all(torch.equal(first, flashmask_attention(q, k, v, mask, backend="hopper")) for _ in range(20))
 
 
-def test_skipping_changes_no_bit():
+@pytest.mark.parametrize("d, intervals", [(128, True), (64, True), (64, False)])
+def test_skipping_changes_no_bit(d, intervals):
     n = 1000
-    mask = builders.causal_document([300, 700]).to(DEVICE) & builders.sliding_window(n, 200).to(DEVICE)
-    q, k, v = random_inputs(rows=n, d=128, dtype=torch.bfloat16)
+    mask = builders.causal(n).to(DEVICE)
+    if intervals:
+        mask = builders.causal_document([300, 700]).to(DEVICE) & builders.sliding_window(n, 200).to(DEVICE)
+    q, k, v = random_inputs(rows=n, d=d, dtype=torch.bfloat16)
     skipping = flashmask_attention(q, k, v, mask, backend="hopper", return_lse=True)
     visit_every_tile(mask)
     forced = flashmask_attention(q, k, v, mask, backend="hopper", return_lse=True)

@@ -1,6 +1,7 @@
 """The Hopper forward without maxima: anchors that scores outgrow, sink below or never had, against the float64 oracle.
 
-bfloat16 at D 128, where it is taken. Column j scores about heights[j] with every row, in natural units.
+bfloat16 at D 128, and at D 64 with masks without intervals, where it is taken. Column j scores about heights[j] with
+every row, in natural units.
 """
 
 import math
@@ -17,28 +18,27 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
 )
 D = 128
-SCALE = 1 / math.sqrt(D)
 
 
-def inputs_of(heights, *, batch=1, heads=4, kv_heads=2, dtype=torch.bfloat16):
+def inputs_of(heights, *, batch=1, heads=4, kv_heads=2, d=D, dtype=torch.bfloat16):
     """heights: `[N]`, or `[B, N, H_kv]` for each sample and head its own."""
     n = heights.shape[-1] if heights.dim() == 1 else heights.shape[1]
-    q, k, v = random_inputs(batch=batch, rows=n, heads=heads, kv_heads=kv_heads, d=D)
-    direction = torch.nn.functional.normalize(torch.ones(D, device=DEVICE), dim=0)
+    q, k, v = random_inputs(batch=batch, rows=n, heads=heads, kv_heads=kv_heads, d=d)
+    direction = torch.nn.functional.normalize(torch.ones(d, device=DEVICE), dim=0)
     heights = heights[None, :, None] if heights.dim() == 1 else heights
-    q = 0.1 * q + math.sqrt(D) * direction
+    q = 0.1 * q + math.sqrt(d) * direction
     k = 0.1 * k + heights.to(DEVICE)[..., None] * direction
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def attend(q, k, v, mask):
-    return flashmask_attention(q, k, v, mask, scale=SCALE, return_lse=True, backend="hopper")
+    return flashmask_attention(q, k, v, mask, return_lse=True, backend="hopper")
 
 
 def compare(q, k, v, mask):
     mask = mask.to(DEVICE)
     out, lse = attend(q, k, v, mask)
-    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), mask.to_dense(), SCALE)
+    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), mask.to_dense(), 1 / math.sqrt(q.shape[3]))
     assert (out - exact).abs().max() <= 0.05
     seen = exact_lse > float("-inf")
     assert torch.equal(lse > float("-inf"), seen)
@@ -73,6 +73,14 @@ def test_scores_that_leave_their_anchor(mask, shape, by):
     compare(*inputs_of(HEIGHTS[shape](by)), MASKS[mask])
 
 
+@pytest.mark.parametrize("by", [30.0, 120.0])
+@pytest.mark.parametrize("shape", HEIGHTS)
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_scores_that_leave_their_anchor_with_three_consumers(mask, shape, by):
+    assert launch.WITHOUT_INTERVALS[64].consumers == 3 and launch.WITHOUT_INTERVALS[64].steady
+    compare(*inputs_of(HEIGHTS[shape](by), d=64), MASKS[mask])
+
+
 def test_scores_by_every_distance_from_their_anchor():
     """From where it rises to beyond 2^128."""
     for by in torch.arange(10.0, 100.0, 1.3).tolist():
@@ -95,9 +103,10 @@ def test_skipping_changes_no_bit_of_what_rises(shape, by):
 
 
 @pytest.mark.parametrize("which", ["all", "first", "last", "every second", "every third"])
-def test_items_computed_again_at_every_place(which):
+@pytest.mark.parametrize("d, n", [(128, 700), (64, 1000)])
+def test_items_computed_again_at_every_place(which, d, n):
     """Every CTA takes several items; those of the chosen heads fail: in a row, first, last, in between."""
-    batch, heads, n = 5, 16, 700
+    batch, heads = 5, 16
     number = torch.arange(batch * heads).view(batch, 1, heads)
     chosen = {
         "all": number >= 0,
@@ -108,8 +117,8 @@ def test_items_computed_again_at_every_place(which):
     }[which]
     heights = 200.0 * chosen * (torch.arange(n) >= 400)[None, :, None]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    assert batch * heads * -(-n // 128) > 3 * processors
-    q, k, v = inputs_of(heights, batch=batch, heads=heads, kv_heads=heads)
+    assert batch * heads * -(-n // launch.forward_config(d, 0).block_m) > 3 * processors
+    q, k, v = inputs_of(heights, batch=batch, heads=heads, kv_heads=heads, d=d)
     compare(q, k, v, builders.causal(n))
     compare(q, k, v, builders.full(n))
 
@@ -153,5 +162,6 @@ def test_values_that_leave_no_room_for_large_p():
     q, k, v = inputs_of(HEIGHTS["peaks"](60.0))
     large = (v.double() * 2.0**70).to(torch.bfloat16)
     out, _ = attend(q, k, large, builders.causal(N).to(DEVICE))
-    exact, _ = dense_attention(q.double(), k.double(), large.double(), builders.causal(N).to(DEVICE).to_dense(), SCALE)
+    visible = builders.causal(N).to(DEVICE).to_dense()
+    exact, _ = dense_attention(q.double(), k.double(), large.double(), visible, 1 / math.sqrt(D))
     assert (out.double() - exact).abs().max() <= 0.05 * 2.0**70

@@ -123,7 +123,7 @@ def portable(
 
 
 def hopper_forward(d: int, intervals: int, causal: int, fp16: int = 0) -> dict[str, Any]:
-    config = launch.FORWARD[d]
+    config = launch.forward_config(d, intervals)
     dtype = "fp16" if fp16 else "bf16"
     rows = max(2, triton.next_power_of_2(2 * intervals))
     types = {
@@ -137,7 +137,7 @@ def hopper_forward(d: int, intervals: int, causal: int, fp16: int = 0) -> dict[s
     constants |= dict(CAUSAL=bool(causal), TMA_STORE=True)
     constants |= dict(Q_IN_REGISTERS=config.q_in_registers, OUT_BUFFER=config.out_buffer)
     steady = launch.steady(config, torch.float16 if fp16 else torch.bfloat16)
-    constants |= dict(STEADY=steady, LAZY=steady or intervals <= config.lazy_up_to)
+    constants |= dict(STEADY=steady, LAZY=steady or intervals <= config.lazy_up_to, CONSUMERS=config.consumers)
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_forward_kernels.forward_kernel, types, constants, 90, dict(num_warps=4))
 

@@ -13,8 +13,8 @@ from fm_longctx.kernels.blocks import Blocks, choose
 # Bytes a block may have: sm_80, sm_90 and sm_100 (CUDA programming guide, compute capabilities).
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 # D, intervals, causal, whether float16; of the backward also: with dQ, 16-bit gradients; of dQ alone: 16-bit gradients.
-FORWARD = [f"hopper_forward-{d}" for d in ("64-1-1", "128-0-1", "128-1-1", "128-2-0", "128-3-0", "256-0-1", "256-1-1")]
-FORWARD += [f"hopper_forward-128-{rest}" for rest in ("0-1-1", "1-1-1")]
+FORWARD = [f"hopper_forward-{d}" for d in ("64-0-1", "64-1-1", "128-0-1", "128-1-1", "128-2-0", "128-3-0")]
+FORWARD += [f"hopper_forward-{d}" for d in ("64-0-1-1", "128-0-1-1", "128-1-1-1", "256-0-1", "256-1-1")]
 BACKWARD = [f"hopper_backward-{d}-1-1-1-1" for d in (64, 128)]
 BACKWARD += [f"hopper_backward-{d}-3-0-{rest}" for d in (64, 128) for rest in ("1-1", "1-0", "0-1")]
 QUERY = ["hopper_query-64-1-1-1", "hopper_query-128-3-0-1", "hopper_query-128-1-1-0"]
@@ -127,7 +127,7 @@ def test_softmax_overlaps_the_second_product(name, reports):
     """Between the wait for S and the wait for P V lie the exponentials of a whole tile, in the main loop."""
     order = steps(reports[name])
     waits = [i for i, step in enumerate(order) if step == "wait 0x1"]
-    assert len(waits) == 2  # one main loop in each consumer
+    assert len(waits) == (3 if name.startswith("hopper_forward-64-0") else 2)  # one main loop in each consumer
     for wait in waits:
         following = order[wait + 1 : order.index("wait 0x0", wait)]
         # A thread has 64 x BLOCK_N / 128 scores: 32 at the least.

@@ -5,12 +5,14 @@ import itertools
 from collections import OrderedDict
 
 import pytest
+import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
 from fm_longctx.kernels.hopper.backward import _from_end
-from fm_longctx.kernels.hopper.launch import rounds
+from fm_longctx.kernels.hopper.launch import rounds, schedules_needed
 from fm_longctx.kernels.hopper.primitives import place_of, round_of
+from fm_longctx.mask import builders
 
 PROCESSORS = 132
 
@@ -80,3 +82,20 @@ def test_lists_of_all_lengths_are_walked_from_their_end():
     assert not _from_end.fn(0, 1, 64, 128, 128, 1, 1)
     assert _from_end.fn(0, 1, 32, 128, 128, 1, 1)
     assert not _from_end.fn(200, 0, 32, 128, 256, 1, 2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_schedules_that_passes_read(deterministic):
+    """The forward's block depends on the mask at D 64; the pass for dQ alone keeps its own and runs if it must."""
+
+    def needed(d, mask, *, backward=True):
+        q, k = torch.empty(1, 256, 4, d, device="meta"), torch.empty(1, 256, 2, d, device="meta")
+        return schedules_needed(q, k, mask, backward=backward, deterministic=deterministic)
+
+    causal, documents = builders.causal(256), builders.causal_document([100, 156])
+    assert needed(64, causal, backward=False) == [(192, 128, True)]
+    assert needed(64, documents, backward=False) == needed(128, causal, backward=False) == [(128, 128, True)]
+    by_row = [(128, 128, True)] if deterministic else []
+    for mask in (causal, documents):
+        assert needed(64, mask) == [(128, 128, False), *by_row]
+        assert needed(128, mask) == [(64, 128, False), *by_row]
