@@ -30,6 +30,7 @@ from fm_longctx.kernels.hopper.primitives import (
     read_word,
     scale_rows,
     take,
+    tma_stores_land,
     write_word,
 )
 
@@ -408,6 +409,9 @@ def _consume(
             # TMA clips at the last row. The output of the item before has left the buffer.
             out = out_s.index(w)._reinterpret(dtype, [1, 64, 1, D_V], out_desc.layout)
             if OUT_BUFFER:
+                if STEADY:
+                    # And is in place: this item may be one that failed before it, computed again.
+                    tma_stores_land()
                 tma.store_wait(0)
             out.reshape([64, D_V]).store(b_out.to(dtype))
             fence_async_shared()

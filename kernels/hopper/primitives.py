@@ -195,6 +195,17 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
 
 
+@builtin
+def tma_stores_land(_semantic=None):
+    """Wait until what this thread stored by TMA is in global memory; `tma.store_wait` waits for the source to be read.
+
+    Two stores to the same rows are otherwise in no order.
+    """
+    asm = "{\n    cp.async.bulk.wait_group 0;\n    mov.u32 $0, $1;\n}"
+    zero = _semantic.to_tensor(0)
+    core.inline_asm_elementwise(asm, "=r,r", [zero], core.int32, is_pure=False, pack=1, _semantic=_semantic)
+
+
 class _Tuples:
     """A code generator that calls a function with each argument's `pack` elements as one tuple."""
 
