@@ -45,8 +45,8 @@ CANDIDATES: dict[tuple[str, int], list[Block]] = {
         Block(128, 64, 4, 3, True, late=True),
         Block(64, 64, 4, 3, True, late=True),
         Block(64, 64, 4, 4, True, late=True),
-        Block(64, 128, 4, 2, True),
-        Block(128, 128, 8, 3, True, late=True),
+        Block(64, 128, 4, 2, True, late=True, registers=168),
+        Block(128, 64, 8, 3, True, late=True, registers=128),
     ],
     ("forward", 128): [
         Block(64, 64, 4, 3, True),
@@ -59,7 +59,7 @@ CANDIDATES: dict[tuple[str, int], list[Block]] = {
         Block(64, 64, 4, 2, True),
         Block(64, 64, 4, 2, True, late=True),
         Block(64, 64, 4, 3, True, late=True),
-        Block(128, 64, 8, 4, True),
+        Block(128, 64, 8, 4, True, registers=128),
     ],
     ("query", 128): [
         Block(64, 64, 4, 2, True),
@@ -68,7 +68,7 @@ CANDIDATES: dict[tuple[str, int], list[Block]] = {
         Block(128, 64, 8, 3, True, late=True),
         Block(128, 64, 8, 4, True, late=True),
     ],
-    ("key", 64): [Block(128, 64, 4, 2, True), Block(64, 64, 4, 2, True), Block(64, 128, 8, 3, True)],
+    ("key", 64): [Block(128, 64, 4, 2, True), Block(64, 64, 4, 2, True, registers=168)],
     ("key", 128): [Block(64, 64, 4, 2, True), *(Block(64, 128, 8, stages, True) for stages in (2, 3, 4))],
 }
 KERNELS = ("forward", "query", "key")
@@ -162,8 +162,9 @@ def race(job: Job, heads: int, rep: float) -> list[dict[str, object]]:
 
 
 def name(block: Block) -> str:
-    """As 128x64w4s3TL: rows, columns, warps, stages, TMA, late."""
-    return f"{block.m}x{block.n}w{block.warps}s{block.stages}{'T' * block.tma}{'L' * block.late}"
+    """As 64x128w4s2TLr168: rows, columns, warps, stages, TMA, late, registers."""
+    end = "" if block.registers is None else f"r{block.registers}"
+    return f"{block.m}x{block.n}w{block.warps}s{block.stages}{'T' * block.tma}{'L' * block.late}{end}"
 
 
 def agree(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:

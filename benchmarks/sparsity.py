@@ -50,7 +50,11 @@ def _band(n: int, percent: float, block: int) -> tuple[int, int]:
 
 
 def document_lengths_at(n: int, percent: float) -> list[int]:
-    """Lengths of causal documents that hide `percent` (50 or more) of the n x n scores: one long, the others equal."""
+    """Lengths of causal documents that hide `percent` (50 or more) of the n x n scores: one long, the others equal.
+
+    At 50% that is a single document. Its mask has no interval, so that a backend may have another kernel for it. How
+    straight the line is must be asked with that point and without.
+    """
     if not 50 <= percent < 100:
         raise ValueError(f"causal documents hide 50% of the scores or more, and less than all; got {percent}%.")
     squares = 2 * (1 - percent / 100) * n * n

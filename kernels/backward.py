@@ -10,11 +10,12 @@ from fm_longctx.kernels.primitives import (
     cap_scores,
     fetch_rows,
     hide,
+    hide_once,
     load_bounds,
     load_rows,
     load_vector,
     mask_group,
-    read_run,
+    read_runs,
 )
 
 
@@ -97,12 +98,14 @@ def backward_q_kernel(
 
     factor = 1.0 if SOFTCAP else scale
     run = tl.load(p_first + first + block)
-    for r in range(run, run + tl.load(p_count + first + block)):
-        begin, end, partial = read_run(p_runs, r)
+    stop = run + tl.load(p_count + first + block)
+    while run < stop:
+        begin, full, rest, end, run = read_runs(p_runs, run, stop, TMA and INTERVALS != 0)
         for tile in range(begin, end):
+            partial = (tile < full) | (tile >= rest) if TMA and INTERVALS != 0 else full > 0
             n0 = tile * BLOCK_N
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-            early = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
+            bounds = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
             # [BN, D], [BN, DV]
             b_k = fetch_rows(k, b, h_kv, n0, n_k, stride_kb, stride_kn, stride_kh, o_d, D, BLOCK_N, EVEN, UPCAST, TMA)
             b_v = fetch_rows(
@@ -114,11 +117,10 @@ def backward_q_kernel(
                 b_s = cap_scores(b_s, scale, softcap)
             b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse[:, None])
             if partial:
-                bounds = load_bounds(p_bounds, o_n, stride_bi, True, INTERVALS) if LATE else early
                 diagonal = m0 < n0 + BLOCK_N - 1 - (n_k - n_q)
                 b_p = hide(
-                    b_p, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, 0.0, CAUSAL,
-                    INTERVALS,
+                    b_p, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0, 0.0,
+                    CAUSAL, INTERVALS, LATE, True,
                 )  # fmt: skip
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
             b_ds = b_p * (b_dp - b_delta[:, None])
@@ -214,9 +216,11 @@ def backward_kv_kernel(
         p_hidden = p_bounds + group * stride_bg
         bounds = load_bounds(p_hidden, o_n[:, None], stride_bi, True, INTERVALS)
         run = tl.load(p_first + group * blocks + block)
-        for r in range(run, run + tl.load(p_count + group * blocks + block)):
-            begin, end, partial = read_run(p_runs, r)
+        stop = run + tl.load(p_count + group * blocks + block)
+        while run < stop:
+            begin, full, rest, end, run = read_runs(p_runs, run, stop, TMA and INTERVALS != 0)
             for tile in range(begin, end):
+                partial = (tile < full) | (tile >= rest) if TMA and INTERVALS != 0 else full > 0
                 m0 = tile * BLOCK_M
                 o_r = tl.arange(0, BLOCK_M)[None, :]
                 if not TMA:
@@ -235,9 +239,9 @@ def backward_kv_kernel(
                 b_p = tl.exp2(b_s * (factor * LOG2E) - b_lse)
                 if partial:
                     diagonal = m0 < block * BLOCK_N + BLOCK_N - 1 - (n_k - n_q)
-                    b_p = hide(
-                        b_p, m0 + o_r, o_n[:, None], diagonal, bounds, p_hidden, stride_bi, n_q, n_k, intervals, 0.0,
-                        CAUSAL, INTERVALS,
+                    b_p = hide_once(
+                        b_p, m0 + o_r, o_n[:, None], diagonal, bounds, p_hidden, stride_bi, n_q, n_k, intervals, n0,
+                        0.0, CAUSAL, INTERVALS, TMA and CAUSAL and INTERVALS != 0,
                     )  # fmt: skip
                 # [BM, DV]
                 b_do = fetch_rows(

@@ -13,6 +13,8 @@ class Block(NamedTuple):
     late: bool = False
     """A partial tile reads its columns' intervals after the first product, not ahead of it: they then occupy no
     registers while full tiles go by. Forward and dQ."""
+    registers: int | None = None
+    """The most that a thread may have, so that one more block fits an SM."""
 
 
 class Blocks(NamedTuple):
@@ -33,30 +35,51 @@ _HALF = {
     (100, 128): Blocks(Block(128, 64, 8, 3), Block(128, 32, 8, 3), Block(32, 64, 4, 2)),
     (100, 256): Blocks(Block(64, 64, 8, 2), Block(64, 32, 8, 1), Block(32, 32, 8, 1)),
 }
-# Compute capability 9.0 at D up to 128: by time on an H100 (benchmarks/blocks.py, benchmarks/notes/portable.md). Large
-# blocks ask less of the L2 cache, small ones waste less at the edges of documents and windows, and two of them fill an
-# SM's waits. So it depends on how long the lists of tiles are, of which the host knows what `_lists` says. Three
-# intervals and more by report: what does not spill.
+# Compute capability 9.0 at D up to 128: by time on an H100 (benchmarks/blocks.py, benchmarks/notes/portable.md). It
+# depends on how long the lists of tiles are, of which the host knows what `_lists` says. Why a block is what it is:
+# - 64 rows and 168 registers: three blocks an SM fill each other's waits, which at D 64 are half of the time.
+# - 128 columns: fewer instructions a score than 64. 64x64: less is wasted at the edges of short documents.
+# - 128 rows at D 128: half as much is asked of the L2 cache, which pays where lists are long.
+# - late: all but D 128 with one interval and short lists, where random eviction, all of it partial tiles, loses 15%.
+# Three intervals and more by report: what does not spill.
 _HOPPER = {
     64: {
-        "full": Blocks(Block(64, 128, 4, 2, True), Block(128, 64, 8, 4, True), Block(64, 64, 4, 2, True)),
-        "causal": Blocks(Block(128, 64, 4, 3), Block(128, 64, 8, 4, True), Block(64, 64, 4, 2, True)),
+        "full": Blocks(
+            Block(64, 128, 4, 2, True, registers=168),
+            Block(128, 64, 8, 4, True, registers=128),
+            Block(64, 64, 4, 2, True, registers=168),
+        ),
+        "causal": Blocks(
+            Block(64, 128, 4, 2, True, registers=168),
+            Block(128, 64, 8, 4, True, registers=128),
+            Block(64, 64, 4, 2, True, registers=168),
+        ),
         "one side": Blocks(
-            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 2, True, late=True), Block(128, 64, 4, 2, True)
+            Block(64, 128, 4, 2, True, late=True, registers=168),
+            Block(64, 64, 4, 2, True, late=True),
+            Block(64, 64, 4, 2, True, registers=168),
         ),
         "one": Blocks(
-            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+            Block(64, 128, 4, 2, True, late=True, registers=168),
+            Block(64, 64, 4, 3, True, late=True),
+            Block(64, 64, 4, 2, True, registers=168),
         ),
         "one, long": Blocks(
-            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+            Block(64, 128, 4, 2, True, late=True, registers=168),
+            Block(64, 64, 4, 3, True, late=True),
+            Block(64, 64, 4, 2, True, registers=168),
         ),
         "two": Blocks(
-            Block(64, 64, 4, 4, True, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+            Block(64, 64, 4, 4, True, late=True),
+            Block(64, 64, 4, 3, True, late=True),
+            Block(64, 64, 4, 2, True, registers=168),
         ),
         "two, long": Blocks(
-            Block(128, 64, 4, 3, late=True), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)
+            Block(64, 128, 4, 2, True, late=True, registers=168),
+            Block(64, 64, 4, 3, True, late=True),
+            Block(64, 64, 4, 2, True, registers=168),
         ),
-        "more": Blocks(Block(64, 64, 4, 3), Block(64, 64, 4, 3, True, late=True), Block(128, 64, 4, 2, True)),
+        "more": Blocks(Block(64, 64, 4, 3), Block(64, 64, 4, 3, True, late=True), Block(64, 64, 4, 2, True)),
     },
     128: {
         "full": Blocks(Block(128, 128, 8, 3, True), Block(128, 64, 8, 4, True), Block(64, 128, 8, 3, True)),
@@ -75,8 +98,8 @@ _HOPPER = {
         "more": Blocks(Block(64, 64, 4, 3, True), Block(64, 64, 4, 2, True, late=True), Block(64, 64, 4, 2, True)),
     },
 }
-# Tokens from which documents and windows are taken to be long.
-_LONG = 65536
+# Tokens from which documents and windows are taken to be long, by head dimension: a tile of D 64 is half the work.
+_LONG = {64: 32768, 128: 65536}
 # float32 products run on the plain arithmetic units; any architecture.
 _FULL = {
     64: Blocks(Block(64, 32, 4, 2), Block(64, 32, 8, 1), Block(32, 32, 8, 1)),
@@ -99,11 +122,11 @@ def choose(
         return _FULL[padded]
     architecture = 100 if capability >= (10, 0) else 90 if capability >= (9, 0) else 80
     if architecture == 90 and padded in _HOPPER:
-        return _HOPPER[padded][_lists(intervals, causal, columns)]
+        return _HOPPER[padded][_lists(intervals, causal, columns >= _LONG[padded])]
     return _HALF[architecture, padded]
 
 
-def _lists(intervals: int, causal: bool, columns: int) -> str:
+def _lists(intervals: int, causal: bool, long: bool) -> str:
     """A mask by how long its lists of tiles are likely to be: a key of `_HOPPER`."""
     if intervals == 0:
         return "causal" if causal else "full"
@@ -112,4 +135,4 @@ def _lists(intervals: int, causal: bool, columns: int) -> str:
         return "one side"
     if intervals > 2:
         return "more"
-    return ("one" if intervals == 1 else "two") + (", long" if columns >= _LONG else "")
+    return ("one" if intervals == 1 else "two") + (", long" if long else "")

@@ -6,7 +6,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, walking FlashMask's vi
 import triton
 import triton.language as tl
 
-from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, mask_group, read_run
+from fm_longctx.kernels.primitives import cap_scores, fetch_rows, hide, load_bounds, load_rows, mask_group, read_runs
 
 
 @triton.jit
@@ -79,12 +79,14 @@ def forward_kernel(
     # What multiplies a score before the exponential: capped scores are scaled already.
     factor = 1.0 if SOFTCAP else scale
     run = tl.load(p_first + first + block)
-    for r in range(run, run + tl.load(p_count + first + block)):
-        begin, end, partial = read_run(p_runs, r)
+    stop = run + tl.load(p_count + first + block)
+    while run < stop:
+        begin, full, rest, end, run = read_runs(p_runs, run, stop, True)
         for tile in range(begin, end):
+            partial = (tile < full) | (tile >= rest)
             n0 = tile * BLOCK_N
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-            early = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
+            bounds = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
             # [BN, D]
             b_k = fetch_rows(k, b, h_kv, n0, n_k, stride_kb, stride_kn, stride_kh, o_d, D, BLOCK_N, EVEN, UPCAST, TMA)
             # [BM, BN]
@@ -92,11 +94,10 @@ def forward_kernel(
             if SOFTCAP:
                 b_s = cap_scores(b_s, scale, softcap)
             if partial:
-                bounds = load_bounds(p_bounds, o_n, stride_bi, True, INTERVALS) if LATE else early
                 diagonal = m0 < n0 + BLOCK_N - 1 - (n_k - n_q)
                 b_s = hide(
-                    b_s, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, float("-inf"),
-                    CAUSAL, INTERVALS,
+                    b_s, o_m[:, None], o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0,
+                    float("-inf"), CAUSAL, INTERVALS, LATE, True,
                 )  # fmt: skip
             b_new = tl.maximum(b_top, tl.max(b_s, 1))
             # A row that has seen no column yet: any finite anchor will do, and -inf would give NaN.

@@ -98,6 +98,7 @@ def forward(
             LATE=block.late,
             num_warps=block.warps,
             num_stages=block.stages,
+            maxnreg=block.registers,
         )
     return out, lse
 
@@ -170,6 +171,7 @@ def query_gradient(
             LATE=block.late,
             num_warps=block.warps,
             num_stages=block.stages,
+            maxnreg=block.registers,
         )
     return dq
 
@@ -221,6 +223,7 @@ def key_gradients(
             TMA=block.tma,
             num_warps=block.warps,
             num_stages=block.stages,
+            maxnreg=block.registers,
         )
     return dk, dv
 

@@ -83,6 +83,18 @@ def load_bounds(p_bounds, o_n, stride_bi, partial, INTERVALS: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(p, first, BLOCK: tl.constexpr):
+    """Row `[1, BLOCK]` of the int32 from p + first on, which is a multiple of 8 bytes, read two at a time.
+
+    Of 128 numbers and no more threads Triton would load each once, and turn the layout of the scores to theirs. Half as
+    many every thread reads for itself.
+    """
+    p_pairs = (p + first).to(tl.pointer_type(tl.int64), bitcast=True)
+    b = tl.load(p_pairs + tl.arange(0, BLOCK // 2)[None, :])
+    return tl.join(b.to(tl.int32), (b >> 32).to(tl.int32)).reshape(1, BLOCK)
+
+
+@triton.jit
 def hide(
     x,
     o_m,
@@ -94,20 +106,27 @@ def hide(
     n_q,
     n_k,
     intervals,
+    n0,
     HIDDEN: tl.constexpr,
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
+    LATE: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):
     """A tile with HIDDEN where it is masked; o_m and o_n index rows and columns, `[BM, 1]` and `[1, BN]` or transposed.
 
     diagonal: whether any of its columns is hidden from any of its rows by causality.
-    INTERVALS is the number of intervals a column, given as `bounds`; or -1, and a loop reads `intervals` of them.
+    INTERVALS is the number of intervals a column, given as `bounds` or, if LATE, read here, one at a time, of the
+    columns from n0 on; or -1, and a loop reads `intervals` of them.
     Columns past the end are hidden: by their intervals if there are any, else by whatever test there is.
+    BY_ROW: without intervals each row has a limit, else each column; the same, and one of them takes fewer registers.
     """
     LAST: tl.constexpr = 2147483647
     last = LAST
     if INTERVALS == 0:
-        if CAUSAL:
+        if CAUSAL and BY_ROW:
+            x = tl.where(o_n <= tl.minimum(o_m + (n_k - n_q), n_k - 1), x, HIDDEN)
+        elif CAUSAL:
             x = tl.where(o_m >= tl.where(o_n < n_k, o_n - (n_k - n_q), LAST), x, HIDDEN)
         else:
             x = tl.where(o_n < n_k, x, HIDDEN)
@@ -120,12 +139,43 @@ def hide(
         # loads the first column's start, which is not negative.
         last = LAST + tl.minimum(tl.load(p_bounds), 0)
     for i in tl.static_range(INTERVALS):
-        x = tl.where((o_m >= bounds[2 * i]) & (bounds[2 * i + 1] < last - o_m), HIDDEN, x)
+        if LATE:
+            b_start = load_pairs(p_bounds + 2 * i * stride_bi, n0, x.shape[1])
+            b_left = load_pairs(p_bounds + (2 * i + 1) * stride_bi, n0, x.shape[1])
+        else:
+            b_start, b_left = bounds[2 * i], bounds[2 * i + 1]
+        x = tl.where((o_m >= b_start) & (b_left < last - o_m), HIDDEN, x)
     if INTERVALS < 0:
         for i in range(intervals):
             b_start = tl.load(p_bounds + 2 * i * stride_bi + o_n)
             b_left = tl.load(p_bounds + (2 * i + 1) * stride_bi + o_n)
             x = tl.where((o_m >= b_start) & (b_left < LAST - o_m), HIDDEN, x)
+    return x
+
+
+@triton.jit
+def hide_once(
+    x, o_m, o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0,
+    HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """`hide` for a tile that is wanted as it is and as an operand, which is taken from REGISTERS or not.
+
+    If it is, Triton has the branch give both, and hides each: four comparisons a score in place of two, and another
+    tile in registers. It does not look through a loop, so here is one, of a single turn.
+    """
+    if REGISTERS:
+        turns = 1
+        while turns > 0:
+            x = hide(
+                x, o_m, o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0, HIDDEN, CAUSAL, INTERVALS,
+                False, False,
+            )  # fmt: skip
+            turns -= 1
+    else:
+        x = hide(
+            x, o_m, o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0, HIDDEN, CAUSAL, INTERVALS,
+            False, False,
+        )  # fmt: skip
     return x
 
 
@@ -138,7 +188,25 @@ def cap_scores(b_s, scale, softcap):
 
 
 @triton.jit
-def read_run(p_runs, run):
-    """First tile, the tile after the last, and whether the tiles are partial, of run `run`."""
-    word = tl.load(p_runs + 2 * run)
-    return word >> 1, tl.load(p_runs + 2 * run + 1), word & 1
+def read_runs(p_runs, run, stop, JOINED: tl.constexpr):
+    """Tiles `[begin, end)` of run `run` and of those next to it, and the first run that is not among them.
+
+    Of these tiles `[full, rest)` are full and the others partial: partial ones, full ones and partial ones without a
+    gap are one loop, whose copies are under way from the first to the last. What a block sees of a document or a
+    window is no more than that. Not JOINED: run `run` alone, and its tiles are partial if full > 0; fewer registers.
+
+    stop: the block's last run + 1.
+    """
+    word, end = tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)
+    begin, partial = word >> 1, (word & 1) != 0
+    full, rest, following = tl.where(partial, 2147483647, 0), 2147483647, run + 1
+    if JOINED:
+        p_next, p_last = p_runs + 2 * tl.minimum(run + 1, stop - 1), p_runs + 2 * tl.minimum(run + 2, stop - 1)
+        next_word, next_end = tl.load(p_next), tl.load(p_next + 1)
+        last_word, last_end = tl.load(p_last), tl.load(p_last + 1)
+        second = (run + 1 < stop) & (next_word >> 1 == end) & ((next_word ^ word) & 1 != 0)
+        third = partial & second & (run + 2 < stop) & (last_word >> 1 == next_end) & (last_word & 1 != 0)
+        full, rest = tl.where(partial, end, begin), tl.where(partial & second, next_end, end)
+        end = tl.where(third, last_end, tl.where(second, next_end, end))
+        following += second.to(tl.int32) + third.to(tl.int32)
+    return begin, full, rest, end, following

@@ -111,7 +111,7 @@ def portable(
     constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN or block.tma, UPCAST=False, TMA=block.tma)
     if kind != "key":
         constants |= dict(LATE=block.late)
-    options = dict(num_warps=block.warps, num_stages=block.stages)
+    options: dict[str, Any] = dict(num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers)
     names = ("p_q", "q", "p_k", "k", "p_v", "v", "p_out", "p_dout", "dout", "p_dq", "p_dk", "p_dv")
     types = {name: f"*{dtype}" for name in names} | {"stats": "*fp32"}
     if block.tma and kind != "key":
@@ -198,7 +198,7 @@ HOPPER = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward, 
 
 
 def resources(
-    kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, int]
+    kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory, ptxas's warnings, selects of PTX, for sm_90 accesses of spilled values
     between the first product and the last, 16-byte stores to shared memory, and, of Gluon's, the order of wgmma waits
