@@ -199,10 +199,14 @@ def _sum_in_thread(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _anchors(s, b_top, scale_log2, STEADY: gl.constexpr, LAZY: gl.constexpr):
-    """New anchors by the maxima of s; if LAZY, only where p would exceed 256; if STEADY, in whole binary orders."""
+    """New anchors by the maxima of s; if LAZY, only where p would exceed 256; if STEADY, in steps of 2^-12.
+
+    Orders can be added to such a number without rounding, and p of the maximum is still 1 in bfloat16. (From 2048 on,
+    where there are no such steps in float32, it is left as it is: rounding can then depend on the tiles visited.)
+    """
     b_max = gl.max(s, 1) * scale_log2
     if STEADY:
-        b_max = gl.floor(b_max)
+        b_max = gl.where(gl.abs(b_max) < 2048.0, gl.floor(b_max * 4096.0) * (1.0 / 4096.0), b_max)
     if LAZY:
         return gl.where(b_max - b_top > 8.0, b_max, b_top)
     return gl.maximum(b_top, b_max)
@@ -241,8 +245,8 @@ def _softmax(s, b_top, b_new, b_sum, scale_log2, BLOCK_N: gl.constexpr):
       tile. So inf and NaN in the inputs lead to what they lead to with maxima.
     - Which tiles are visited changes no bit: what is done to a row in a tile depends on that row alone. Where nothing
       is visible, p is 0 and the anchor stays, unless it is about to be raised: which the next tile would do as well,
-      by as much, and the item's end. And anchors are whole numbers, so that decays are powers of two, exact whenever
-      they are applied.
+      by as much, and the item's end. And an anchor's rises are whole numbers and exact (`_anchors`), so that decays are
+      powers of two, exact whenever they are applied.
     """
     # A row that has seen no column yet: any finite anchor, -inf would give NaN.
     b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)

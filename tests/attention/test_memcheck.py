@@ -61,8 +61,9 @@ def report_of(*places):
 def test_races_of_our_own_are_told_from_those_of_the_dispatch(tmp_path, capsys):
     text = (memcheck.HOPPER / "forward.py").read_text().splitlines()
     (entry,) = [i for i, line in enumerate(text, 1) if line.startswith("def forward_kernel(")]
-    (dispatch,) = [i for i, line in enumerate(text, 1) if line.strip() == "gl.warp_specialize("]
-    theirs = [f"forward.py:{entry}", f"forward.py:{dispatch}"]
+    # One of two consumers, one of three.
+    dispatch, other = (i for i, line in enumerate(text, 1) if line.strip() == "gl.warp_specialize(")
+    theirs = [f"forward.py:{line}" for line in (entry, dispatch, entry, other)]
     assert memcheck.races_elsewhere(report_of(*theirs)) == []
     for place in (f"forward.py:{dispatch + 1}", f"forward.py:{entry - 3}", "merge.py:51"):
         (found,) = memcheck.races_elsewhere(report_of(*theirs, theirs[0], place))
