@@ -19,7 +19,8 @@ is reported as WRONG and has no speed. One that raises is reported with its erro
 no answer for `--patience` seconds as failed. The samples of a batch share a mask.
 
 Repetitions: `--budget-ms` of them, `--least` at the least; calls of more than `--long-ms` run twice, and the second is
-their time. Every cell's block mask, tile schedule and compilation is made before it is timed.
+their time. A cell's competitors are repeated in turn, so that the clock to which one has driven the card is no
+other's. Every cell's block mask, tile schedule and compilation is made before it is timed.
 
 FlexAttention compiles a forward and a backward kernel for each cell, and ours for each kind of mask. `--warm` processes
 do so at once, before anything is timed; then each measures the cells that it compiled for, one process at a time, while

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -40,14 +40,21 @@ class Timing:
     long_ms: float
 
 
-def measure(cell: Cell, names: Sequence[str], settings: Settings, device: str, timer: Timer) -> Iterator[Row]:
-    """The rows of a cell, as its section measures it."""
+def measure(
+    cell: Cell,
+    names: Sequence[str],
+    settings: Settings,
+    device: str,
+    timer: Timer,
+    announce: Callable[[str], None] = lambda name: None,
+) -> Iterator[Row]:
+    """The rows of a cell, as its section measures it. `announce` hears whose turn it is, where they take turns."""
     if cell.section == "memory":
         settings = dataclasses.replace(settings, dense_limit=max(settings.dense_limit, DENSE_MEMORY_LIMIT))
         return costs.memory(cell, competitors(names, settings), device)
     if cell.section == "schedule":
         return costs.schedule(cell, names, device, timer)
-    return race(cell, competitors(names, settings), device, timer)
+    return race(cell, competitors(names, settings), device, timer, announce)
 
 
 @dataclass
@@ -121,6 +128,7 @@ class Crew:
         left = list(names)
         while left and time.monotonic() < self._deadline:
             member = self._ask(self._keeper.get(cell.compilation, self._members[0]), (cell, tuple(left)))
+            running = left[0]
             trouble = None
             while trouble is None:
                 if not member.connection.poll(self._left(time.monotonic())):
@@ -144,10 +152,15 @@ class Crew:
                 if kind == "error":
                     trouble = content
                     break
+                if kind == "running":
+                    running = content
+                    continue
                 yield content
-                left = left[left.index(content["competitor"]) + 1 :]
+                left.remove(content["competitor"])
             if trouble is not None:
-                yield {"competitor": left.pop(0), "status": FAILED, "note": trouble}
+                failed = running if running in left else left[0]
+                left.remove(failed)
+                yield {"competitor": failed, "status": FAILED, "note": trouble}
 
     def _ask(self, member: _Member, task: object) -> _Member:
         """The process that was given the task: another one if this has died since its last."""
@@ -200,7 +213,7 @@ def _work(connection: Connection, settings: Settings, device: str, timing: Timin
                 connection.send(("done", compile_job(task, settings, device)))
                 continue
             timer = timer or Timer(device, **dataclasses.asdict(timing))
-            for row in measure(*task, settings, device, timer):
+            for row in measure(*task, settings, device, timer, lambda name: connection.send(("running", name))):
                 connection.send(("row", row))
             # The other processes need the memory.
             gc.collect()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -55,35 +55,53 @@ class Timer:
     def once(self, function: Callable[[], Result]) -> tuple[Result, float]:
         """What the function returns, and the milliseconds of this one call."""
         kept: list[Result] = []
-        (ms,) = self._repeat(lambda: kept.append(function()), 1)
+        (ms,) = self._run([lambda: kept.append(function())])
         return kept[0], ms
 
-    def finish(self, function: Callable[[], object], first_ms: float) -> Timing:
-        """The timing of a function that `once` has run before, in `first_ms`."""
-        (second_ms,) = self._repeat(function, 1)
-        if second_ms >= self._long:
-            samples = [second_ms]
-        elif second_ms >= self._budget:
-            samples = [first_ms, second_ms, *self._repeat(function, self._least - 2)]
-        else:
-            fitting = round(self._budget / max(second_ms, 1e-3))
-            samples = self._repeat(function, min(self._most, max(self._least, fitting)))
-        return Timing(statistics.median(samples), min(samples), max(samples), len(samples))
+    def in_turn(self, functions: Sequence[Callable[[], object]], first_ms: Sequence[float]) -> list[Timing]:
+        """The timings of functions that `once` has run before, in their `first_ms`; each repeated after the others.
+
+        A card at its limit of power runs slower for a while after whatever has drawn much of it: in turn, that meets
+        all of them alike. Another one begins each round.
+        """
+        samples: list[list[float]] = []
+        more: list[int] = []
+        for first, second in zip(first_ms, self._run(functions), strict=True):
+            if second >= self._long:
+                samples.append([second])
+                more.append(0)
+            elif second >= self._budget:
+                samples.append([first, second])
+                more.append(self._least - 2)
+            else:
+                samples.append([])
+                more.append(min(self._most, max(self._least, round(self._budget / max(second, 1e-3)))))
+        turns = [
+            which
+            for turn in range(max(more, default=0))
+            for place in range(len(functions))
+            if turn < more[which := (turn + place) % len(functions)]
+        ]
+        for which, ms in zip(turns, self._run([functions[which] for which in turns]), strict=True):
+            samples[which].append(ms)
+        return [Timing(statistics.median(x), min(x), max(x), len(x)) for x in samples]
 
     def __call__(self, function: Callable[[], object]) -> Timing:
         _, first_ms = self.once(function)
-        return self.finish(function, first_ms)
+        (timing,) = self.in_turn([function], [first_ms])
+        return timing
 
-    def _repeat(self, function: Callable[[], object], reps: int) -> list[float]:
+    def _run(self, functions: Sequence[Callable[[], object]]) -> list[float]:
+        """Milliseconds of each of these calls, one after the other."""
+        samples = []
         if self._flush is None:
-            samples = []
-            for _ in range(reps):
+            for function in functions:
                 begin = time.perf_counter()
                 function()
                 samples.append(1e3 * (time.perf_counter() - begin))
             return samples
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(reps)]
-        for start, end in events:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in functions]
+        for function, (start, end) in zip(functions, events, strict=True):
             self._flush.zero_()
             start.record()
             function()

@@ -204,6 +204,22 @@ def test_one_competitor_fails_and_one_is_wrong_and_the_others_are_timed():
     assert rows["dense"]["area"] == int(scenario("causal_document", 96, 0).case.visible(*grid(96)).sum())
 
 
+def test_what_breaks_while_all_are_timed_is_in_all_their_rows():
+    (good,) = competitors(["reference"], Settings())
+
+    def tires(inputs: Inputs, forms: Scenario) -> Run:
+        run = good.prepare(inputs, forms)
+        left = [run.forward, run.forward]
+        return run._replace(forward=lambda: left.pop()())
+
+    peer = Peer(name="tires", refusal=lambda cell, forms, device: None, prepare=tires)
+    heard: list[str] = []
+    rows = list(race(cell(), [good, peer], "cpu", timing.Timer("cpu", budget_ms=0), heard.append))
+    assert heard == ["reference", "tires"]
+    assert [(row["competitor"], row["status"]) for row in rows] == [("reference", "failed"), ("tires", "failed")]
+    assert all("while all were timed: IndexError" in row["note"] for row in rows)
+
+
 def grid(n):
     return torch.arange(n)[:, None], torch.arange(n)[None, :]
 
@@ -358,6 +374,30 @@ def test_the_budget_is_spent_and_the_first_call_left_out(durations, median, call
     with patch.object(timing, "time", clock):
         result = timing.Timer("cpu", budget_ms=80)(clock.call)
     assert result.ms == pytest.approx(median) and clock.calls == calls
+
+
+def test_calls_are_timed_in_turn_and_another_begins_each_round():
+    calls: list[str] = []
+
+    class Taking:
+        """A clock by which a's calls take 30 ms and b's 20."""
+
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Taking()
+
+    def call(name, ms):
+        calls.append(name)
+        clock.now += ms / 1e3
+
+    functions = [lambda: call("a", 30), lambda: call("b", 20)]
+    with patch.object(timing, "time", clock):
+        a, b = timing.Timer("cpu", budget_ms=80).in_turn(functions, [900, 900])
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab" + "b"
+    assert (a.reps, b.reps) == (3, 4) and (a.ms, b.ms) == (pytest.approx(30), pytest.approx(20))
 
 
 def test_a_long_call_runs_twice_and_the_second_counts():

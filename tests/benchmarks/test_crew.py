@@ -63,14 +63,15 @@ DONE = ("done", None)
 
 
 def test_a_lost_context_costs_its_process_and_no_other_competitor(crew_of_one, monkeypatch):
-    def breaks(cell, names, settings, device, timer):
+    def breaks(cell, names, settings, device, timer, announce):
+        announce(names[0])
         yield {"competitor": names[0], "status": "failed", "note": "illegal memory access"}
         raise ContextLost("gone")
 
     monkeypatch.setattr(crew, "measure", breaks)
     worker = Connection((cell(), ("hopper", "triton")), (cell(), ("triton",)))
     crew._work(worker, Settings(), "cpu", TIMING)
-    assert [kind for kind, _ in worker.sent] == ["row", "lost"] and len(worker.messages) == 1
+    assert [kind for kind, _ in worker.sent] == ["running", "row", "lost"] and len(worker.messages) == 1
     second = Connection(("row", OK), DONE)
     rows = list(crew_of_one(Connection(*worker.sent), second).measure(cell(), ["hopper", "triton"]))
     assert [(row["competitor"], row["status"]) for row in rows] == [("hopper", "failed"), ("triton", "ok")]
@@ -91,6 +92,20 @@ def test_what_ends_a_measurement_is_the_row_of_the_competitor_that_ran(first, wo
         first.messages += [("row", OK), DONE]  # that process goes on
     rows = list(crew_of_one(first, again).measure(cell(), ["flex", "triton"]))
     assert rows == [{"competitor": "flex", "status": "failed", "note": words}, OK]
+
+
+def test_who_was_running_is_told_from_who_waits_to_be_timed(crew_of_one):
+    """triton has passed its check and is not timed yet when flex dies: triton runs again, and cudnn is not lost."""
+    first = Connection(("running", "triton"), ("running", "flex"))
+    cudnn = {"competitor": "cudnn", "status": "refused"}
+    again = Connection(("running", "triton"), ("running", "cudnn"), ("row", cudnn), ("row", OK), DONE)
+    rows = list(crew_of_one(first, again).measure(cell(), ["triton", "flex", "cudnn"]))
+    assert [(row["competitor"], row["status"]) for row in rows] == [
+        ("flex", "failed"),
+        ("cudnn", "refused"),
+        ("triton", "ok"),
+    ]
+    assert again.sent == [(cell(), ("triton", "cudnn"))]
 
 
 def test_a_process_that_died_in_between_is_replaced(crew_of_one):
