@@ -80,10 +80,12 @@ def forward_kernel(
     factor = 1.0 if SOFTCAP else scale
     run = tl.load(p_first + first + block)
     stop = run + tl.load(p_count + first + block)
+    # A full mask has one run a block. At D 128 what telling runs apart costs in a tile is more than a pipeline's begin.
+    JOINED: tl.constexpr = BLOCK_D <= 64 and (CAUSAL or INTERVALS != 0)
     while run < stop:
-        begin, full, rest, end, run = read_runs(p_runs, run, stop, True)
+        begin, full, rest, end, run = read_runs(p_runs, run, stop, JOINED)
         for tile in range(begin, end):
-            partial = (tile < full) | (tile >= rest)
+            partial = (tile < full) | (tile >= rest) if JOINED else full > 0
             n0 = tile * BLOCK_N
             o_n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             bounds = load_bounds(p_bounds, o_n, stride_bi, partial, 0 if LATE else INTERVALS)
