@@ -26,6 +26,8 @@ _MAX_STATES = 1 << 24
 # Runs that there is room for, beside 32 a block.
 _POOL = 1 << 20
 _LARGEST_TILE = 128
+# Integers of a cache line: a row of bounds that begins elsewhere takes one line more to read.
+_LINE = 32
 # By time on an H100 (benchmarks/notes/portable.md): tiles of a block that are looked at together, and that are counted
 # together where looking does not tell; warps, and what a thread may have, less than it would take: more blocks at once.
 _CHUNK, _AT_ONCE = 128, 4
@@ -146,7 +148,7 @@ class _Plan(NamedTuple):
             tiles += groups * own * others
         # One to spare, because walks read one run ahead.
         room = numbers + min(tiles, _POOL + 32 * numbers) + 1
-        first_bound = 4 * numbers + _padded(2 * room)
+        first_bound = _padded(4 * numbers + 2 * room, _LINE)
         rows = max(2, triton.next_power_of_2(2 * intervals))
         bounds = (groups, rows, max(1, -(-columns // _LARGEST_TILE)) * _LARGEST_TILE)
         size = first_bound + with_bounds * groups * rows * bounds[2]
@@ -222,6 +224,6 @@ def _(starts: Tensor, ends: Tensor, num_rows: int, causal: bool, keys: Sequence[
     return starts.new_empty(_Plan.of(starts, num_rows, shapes, with_bounds).size)
 
 
-def _padded(entries: int) -> int:
-    """Room for as many, so that what follows is aligned to 16 bytes."""
-    return -(-entries // 4) * 4
+def _padded(entries: int, to: int = 4) -> int:
+    """Room for as many, so that what follows is aligned: to 16 bytes, if nothing else is said."""
+    return -(-entries // to) * to
