@@ -16,7 +16,8 @@ Sections (`--sections`, by number or name):
 A cell is one mask at one shape; every competitor runs in one process on the same inputs. Before it is timed, a result
 is compared with float32 attention that knows the mask by its rule in words (benchmarks/sampled_check.py); a wrong one
 is reported as WRONG and has no speed. One that raises is reported with its error, one that kills its process or gives
-no answer for `--patience` seconds as failed. The samples of a batch share a mask.
+no answer for `--patience` seconds as failed. What goes wrong while a cell is timed is in the rows of all
+who were right until then; `--retry` measures them again. The samples of a batch share a mask.
 
 Repetitions: `--budget-ms` of them, `--least` at the least; calls of more than `--long-ms` run twice, and the second is
 their time. A cell's competitors are repeated in turn, so that the clock to which one has driven the card is no
