@@ -74,9 +74,7 @@ BACKWARD: dict[str, Changes] = {
     "all": (),
     "no exponentials": (("p = gl.exp2(s * scale_log2 - ", "p = (s * scale_log2 - "),),
     "dQ stored, not added": (("tma_reduce_add(dq_desc", "tma.async_copy_shared_to_global(dq_desc"),),
-    "dS not exchanged": (
-        ("                mbarrier.arrive(ds_full, count=1)\n                mbarrier.wait(ds_full, turn)\n", ""),
-    ),
+    "dS not exchanged": (("                meet(DS_FULL, CONSUMERS)\n", ""),),
     "no dQ": (),
     "no copies of Q and dO": (
         ("mbarrier.expect(bar, size)", "mbarrier.expect(bar, stats_desc.block_type.nbytes)"),

@@ -8,7 +8,11 @@ P^T and dS^T are then laid out as the register operands of dV += P^T dO and dK +
 warpgroups exchange dS through shared memory, each computes a half of the tile's dQ over all 128 columns, and TMA adds
 it to a float32 sum in global memory, whose order varies between runs. With DQ = False that part is left out, and what
 remains is bitwise repeatable; query_gradient.py does the rest. With AHEAD, S^T of the next tile is computed while dK
-and dV of this one are.
+and dV, or dQ, of this one are.
+
+In the loop consumers tell each other and the producer by named barriers what they have done: warps come to these one by
+one. At an mbarrier Gluon has one thread arrive for its warpgroup, which takes a barrier of the warpgroup before, and
+another before it waits for the next one.
 
 Source: FlashAttention-3 (arXiv 2407.08608), section 3 and its Hopper backward, over FlashMask's visible tiles.
 """
@@ -24,7 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fm_longctx.kernels.hopper.primitives import (
+    announce,
     hide_columns,
+    meet,
     next_stage,
     open_walk,
     peek_walk,
@@ -32,10 +38,18 @@ from fm_longctx.kernels.hopper.primitives import (
     read_word,
     round_of,
     take,
+    thread_barrier,
     tma_reduce_add,
     walk_on,
     write_word,
 )
+
+# Named barriers: Triton has the first ones, one for each warpgroup and two more. Of stages there is one each, from
+# STAGE_EMPTY on. And how many threads come there: both consumers, or also the producer.
+DS_FULL = gl.constexpr(8)
+STAGE_EMPTY = gl.constexpr(9)
+CONSUMERS = gl.constexpr(2 * 128)
+ALL = gl.constexpr(2 * 128 + 32)
 
 
 @gluon.jit
@@ -54,7 +68,6 @@ def _fetch(
     stats_s,
     word_s,
     full,
-    empty,
     b,
     heads,
     row_blocks,
@@ -64,7 +77,7 @@ def _fetch(
     """One step: Q and dO of a row-block of query head h, and what the consumers need to know of the tile."""
     size: gl.constexpr = q_desc.block_type.nbytes + dout_desc.block_type.nbytes + stats_desc.block_type.nbytes
     bar = full.index(stage)
-    mbarrier.wait(empty.index(stage), phase ^ 1)
+    meet(STAGE_EMPTY + stage, ALL)
     write_word(word_s.index(3 * stage), tile << 1 | partial)
     write_word(word_s.index(3 * stage + 1), h)
     write_word(word_s.index(3 * stage + 2), group)
@@ -123,7 +136,6 @@ def _produce(
     kv_full,
     kv_empty,
     full,
-    empty,
     p_runs,
     p_first,
     p_count,
@@ -183,13 +195,16 @@ def _produce(
                 for inner in range(together):
                     # fmt: off
                     stage, phase = _fetch(tile, partial, h0 + inner, group, stage, phase, q_desc, dout_desc, stats_desc,
-                                          q_s, dout_s, stats_s, word_s, full, empty, b, heads, row_blocks,
+                                          q_s, dout_s, stats_s, word_s, full, b, heads, row_blocks,
                                           BLOCK_M, STAGES)
                     # fmt: on
                 word, word_end = peek_walk(p_runs, run, back)
                 run, tile, end, partial = walk_on(run, tile, end, partial, word, word_end, back)
         item = take(p_counter)
     mbarrier.wait(kv_empty, turn ^ 1)
+    # Whoever announced itself is met.
+    for each in gl.static_range(STAGES):
+        meet(STAGE_EMPTY + each, ALL)
     write_word(item_s.index(0), -1)
     mbarrier.arrive(kv_full, count=1)
 
@@ -243,8 +258,6 @@ def _consume(
     kv_full,
     kv_empty,
     full,
-    empty,
-    ds_full,
     n_q,
     n_k,
     heads_kv,
@@ -259,7 +272,6 @@ def _consume(
     AHEAD: gl.constexpr,
 ):
     gl.static_assert(STAGES > 1 or not AHEAD, "the next tile has no buffer while this one's is in use")
-    gl.static_assert(not (DQ and AHEAD), "measured to be no faster")
     gl.static_assert(STAGES <= 4, "a stage divided by four is taken for zero")
     LOG2E: gl.constexpr = 1.4426950408889634
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -275,6 +287,9 @@ def _consume(
     scale_log2 = scale * LOG2E
     k = k_s.index(w).reshape([64, D])
 
+    # All stages are empty.
+    for each in gl.static_range(STAGES):
+        announce(STAGE_EMPTY + each, ALL)
     stage, phase, turn, item_turn = 0, 0, 0, 0
     mbarrier.wait(kv_full, 0)
     tiles = read_word(item_s.index(0))
@@ -317,22 +332,34 @@ def _consume(
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P), dout, dv, is_async=True)
             b_dp = warpgroup_mma_wait(1, deps=(dp,))
             ds = (p * (b_dp - stats.slice(1, 1, 0).load(S))).to(dtype)
-            done = empty.index(stage)
+            read = stage
             if DQ:
                 h = read_word(word_s.index(3 * stage + 1))
-                # Two buffers in turn: whoever writes the one of two tiles ago has seen the other warpgroup arrive
-                # for the last tile, hence done with reading it.
+                # Two buffers in turn: whoever writes the one of two tiles ago has met the other warpgroup at the last
+                # tile, hence when it was done with reading it.
                 ds_s.index(2 * w + turn).store(ds)
                 fence_async_shared()
+                if AHEAD:
+                    # Before the other warpgroup is waited for, which it hides.
+                    dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
                 # The sum of the last tile has left its buffer: here one barrier of the warpgroup serves this too.
                 tma.store_wait(0)
-                mbarrier.arrive(ds_full, count=1)
-                mbarrier.wait(ds_full, turn)
+                meet(DS_FULL, CONSUMERS)
                 k0, k1 = k_s.index(zero).reshape([64, D]), k_s.index(zero + 1).reshape([64, D])
                 dq = _query_gradient(w, ds_s.index(turn), ds_s.index(2 + turn), k0, k1, BLOCK_M, D, HALF)
-                # Behind dQ, so that it runs while dQ leaves.
-                dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
-                b_dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
+                turn = turn ^ 1
+                stage, phase = next_stage(stage, phase, STAGES)
+                if AHEAD:
+                    dv, dk = warpgroup_mma_wait(2, deps=(dv, dk))
+                    announce(STAGE_EMPTY + read, ALL)
+                    # As below; and it runs while dQ leaves.
+                    mbarrier.wait(full.index(stage), phase, pred=i + 1 < tiles)
+                    s_next = _product(k, q_s.index(stage), BLOCK_M, D, S)
+                    b_dq = warpgroup_mma_wait(1, deps=(dq,))
+                else:
+                    # Behind dQ, so that it runs while dQ leaves.
+                    dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
+                    b_dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
                 dq_s.index(w)._reinterpret(gl.float32, [64, 64], HELD).store(b_dq)
                 fence_async_shared()
                 dq_out = dq_s.index(w)._reinterpret(gl.float32, [1, 64, 1, 64], dq_desc.layout)
@@ -340,10 +367,9 @@ def _consume(
                     tma_reduce_add(dq_desc, [b, m0, h, w * (D // 2)], dq_out)
                 else:
                     tma_reduce_add(dq_desc, [b, m0 + 64 * w, h, 0], dq_out)
-                dk = warpgroup_mma_wait(0, deps=(dk,))
-                mbarrier.arrive(done, count=1)
-                turn = turn ^ 1
-                stage, phase = next_stage(stage, phase, STAGES)
+                if not AHEAD:
+                    dk = warpgroup_mma_wait(0, deps=(dk,))
+                    announce(STAGE_EMPTY + read, ALL)
             else:
                 dk = warpgroup_mma(gl.convert_layout(ds, P), q, dk, is_async=True)
                 stage, phase = next_stage(stage, phase, STAGES)
@@ -352,9 +378,9 @@ def _consume(
                     mbarrier.wait(full.index(stage), phase, pred=i + 1 < tiles)
                     s_next = _product(k, q_s.index(stage), BLOCK_M, D, S)
                 dv, dk = warpgroup_mma_wait(1 if AHEAD else 0, deps=(dv, dk))
-                mbarrier.arrive(done, count=1)
-                if AHEAD:
-                    s = warpgroup_mma_wait(0, deps=(s_next,))
+                announce(STAGE_EMPTY + read, ALL)
+            if AHEAD:
+                s = warpgroup_mma_wait(0, deps=(s_next,))
 
         h_kv = bh - b * heads_kv
         if DQ:
@@ -449,30 +475,28 @@ def backward_kernel(
         dq_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, 128], k_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=2)
-    mbarrier.init(ds_full, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
+    # Otherwise the compiler puts one before each of the first consumer's waits for what has been initialised here.
+    thread_barrier()
 
     # fmt: off
     gl.warp_specialize(
         [
             (_consume, (0, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_db, stride_dn, stride_dh,
-                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, word_s, item_s, kv_full, kv_empty, full, empty,
-                        ds_full, n_q, n_k, heads // KV_SHARE, scale,
+                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, word_s, item_s, kv_full, kv_empty, full,
+                        n_q, n_k, heads // KV_SHARE, scale,
                         BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
             (_consume, (1, dq_desc, dk_desc, dv_desc, p_dk, p_dv, p_starts, p_ends, stride_db, stride_dn, stride_dh,
-                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, word_s, item_s, kv_full, kv_empty, full, empty,
-                        ds_full, n_q, n_k, heads // KV_SHARE, scale,
+                        q_s, k_s, v_s, dout_s, stats_s, ds_s, dq_s, word_s, item_s, kv_full, kv_empty, full,
+                        n_q, n_k, heads // KV_SHARE, scale,
                         BLOCK_M, D, STAGES, INTERVALS, CAUSAL, TMA_STORE, DQ, AHEAD)),
             (_produce, (q_desc, k_desc, v_desc, dout_desc, stats_desc, q_s, k_s, v_s, dout_s, stats_s, word_s, item_s,
-                        kv_full, kv_empty, full, empty, p_runs, p_first, p_count, p_tiles, p_order, p_counter,
+                        kv_full, kv_empty, full, p_runs, p_first, p_count, p_tiles, p_order, p_counter,
                         blocks, items, abreast, last, turns, n_q, heads, mask_batch, mask_heads,
                         KV_SHARE, BLOCK_M, STAGES, ONE_LIST)),
         ],

@@ -185,6 +185,32 @@ def read_word(slot):
     return gl.max(slot.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
+# Of all threads of a warpgroup: its name in Triton 3.6, and in 3.7.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@builtin
+def meet(which, threads, _semantic=None):
+    """Wait at a named barrier until so many threads have come, those counted that `announce` themselves."""
+    _named_barrier("sync", which, threads, _semantic)
+
+
+@builtin
+def announce(which, threads, _semantic=None):
+    """Come to a named barrier, but do not wait for the others.
+
+    What these threads read before is read, and what they wrote is written, for whoever meets there.
+    """
+    _named_barrier("arrive", which, threads, _semantic)
+
+
+def _named_barrier(step, which, threads, _semantic):
+    """Gluon has mbarriers only, and has one thread arrive there for all: this one counts warps as they come."""
+    asm = f"{{\n    bar.{step} $1, {core._unwrap_if_constexpr(threads)};\n    mov.u32 $0, 0;\n}}"
+    which = _semantic.to_tensor(which)
+    core.inline_asm_elementwise(asm, "=r,r", [which], core.int32, is_pure=False, pack=1, _semantic=_semantic)
+
+
 @builtin
 def tma_reduce_add(desc, coord, src, _semantic=None):
     """Add a tile in shared memory to global memory, as `tma.async_copy_shared_to_global` would store it.

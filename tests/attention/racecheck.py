@@ -3,7 +3,7 @@
     python -m tests.attention.racecheck --head-dim 128 --intervals 1 --causal --seconds 60
     compute-sanitizer --tool racecheck python -m tests.attention.racecheck --head-dim 128 --quiet --seconds 20
 
-Each round draws sizes and a mask. Before each wait and each arrival at an mbarrier every warp sleeps for as long as a
+Each round draws sizes and a mask. Before each wait and each arrival at a barrier every warp sleeps for as long as a
 hash of its clock says, so that producer and consumers meet in orders that a quiet GPU would not show. What has one
 writer (output, lse, dK, dV, and all of the deterministic backward) must be the same bits; dQ, if summed as tiles come,
 must agree within rounding. With --quiet the kernels are the shipped ones, repeated.
@@ -27,7 +27,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fm_longctx import FlashMask
-from fm_longctx.kernels.hopper import backward, forward, launch, query_gradient
+from fm_longctx.kernels.hopper import backward, forward, launch, primitives, query_gradient
 from tests.attention.oracle import DEVICE, random_inputs
 
 # Up to 2 microseconds: some tiles.
@@ -44,34 +44,36 @@ SIZES = (77, 333, 511, 777, 1025, 1499)
 LATE = {"forward_kernel": forward, "backward_kernel": backward, "query_gradient_kernel": query_gradient}
 
 
+def late(step: Callable[..., None]) -> Callable[..., None]:
+    """A step of Gluon's that comes late."""
+
+    def late_step(*args, _semantic=None, **options):
+        gl.inline_asm_elementwise(
+            SLEEP, "=r,r", [_semantic.to_tensor(0)], gl.int32, is_pure=False, pack=1, _semantic=_semantic
+        )
+        step(*args, **options, _semantic=_semantic)
+
+    return builtin(late_step)
+
+
 def delayed_barriers() -> types.ModuleType:
     """Gluon's mbarrier module, whose waits and arrivals come late."""
-    late = types.ModuleType("late_mbarrier")
-    vars(late).update({name: getattr(mbarrier, name) for name in mbarrier.__all__})
-
-    def after_a_sleep(step: Callable[..., None]) -> Callable[..., None]:
-        def late_step(*args, _semantic=None, **options):
-            gl.inline_asm_elementwise(
-                SLEEP, "=r,r", [_semantic.to_tensor(0)], gl.int32, is_pure=False, pack=1, _semantic=_semantic
-            )
-            step(*args, **options, _semantic=_semantic)
-
-        return builtin(late_step)
-
+    barriers = types.ModuleType("late_mbarrier")
+    vars(barriers).update({name: getattr(mbarrier, name) for name in mbarrier.__all__})
     for name in ("wait", "arrive", "expect"):
-        setattr(late, name, after_a_sleep(getattr(mbarrier, name)))
-    return late
+        setattr(barriers, name, late(getattr(mbarrier, name)))
+    return barriers
 
 
 def use_late_kernels() -> None:
     """Have the launches take kernels of the same source whose barriers are late."""
-    barriers = delayed_barriers()
+    changes = {"mbarrier": delayed_barriers(), "meet": late(primitives.meet), "announce": late(primitives.announce)}
     for name, module in LATE.items():
         spec = importlib.util.spec_from_file_location(f"late_{name}", module.__file__)
         assert spec is not None and spec.loader is not None
         copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
-        vars(copy)["mbarrier"] = barriers
+        vars(copy).update({key: value for key, value in changes.items() if key in vars(copy)})
         setattr(launch, name, getattr(copy, name))
 
 

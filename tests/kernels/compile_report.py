@@ -162,7 +162,7 @@ def hopper_backward(d: int, intervals: int, causal: int, dq: int, tma_store: int
         TMA_STORE=bool(tma_store),
         DQ=bool(dq),
         ONE_LIST=True,
-        AHEAD=config.ahead and not dq,
+        AHEAD=config.fused_ahead if dq else config.ahead,
     )
     constants |= dict(CONSUMER_REGISTERS=config.consumer_registers)
     return resources(hopper_backward_kernels.backward_kernel, types, constants, 90, dict(num_warps=4))
@@ -201,8 +201,8 @@ def resources(
     kernel: JITFunction, types: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory, ptxas's warnings, selects of PTX, for sm_90 accesses of spilled values
-    between the first product and the last, 16-byte stores to shared memory, and, of Gluon's, the order of wgmma waits
-    and exponentials."""
+    between the first product and the last, 16-byte stores to shared memory, and, of Gluon's, the barriers in each loop
+    over tiles and the order of wgmma waits and exponentials."""
     signature: dict[str, str] = {}
     divisible = {}
     for index, name in enumerate(kernel.arg_names):
@@ -236,6 +236,7 @@ def resources(
         "selects": compiled.asm["ptx"].count("selp.f32"),
         "spilled_in_loop": len(re.findall(r"LDL|STL", "".join(sass.partition("HGMMA")[1:]).rpartition("HGMMA")[0])),
         "vector_stores": sass.count("STS.128"),
+        "barriers": [sum("BAR.SYNC" in line for line in loop) for loop in innermost(sass)] if kernel.is_gluon() else [],
         "order": re.findall(r"HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", sass) if kernel.is_gluon() else [],
     }
 
@@ -246,6 +247,22 @@ def disassembled(cubin: bytes) -> str:
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def innermost(sass: str) -> list[list[str]]:
+    """The lines of each loop that has exponentials and no such loop within."""
+    lines = sass.splitlines()
+    labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if line.startswith(".L_x_")}
+    loops = set()
+    for end, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if target and labels[target[1]] < end and "MUFU.EX2" in "".join(lines[labels[target[1]] : end]):
+            loops.add((labels[target[1]], end))
+    return [
+        lines[start:end]
+        for start, end in sorted(loops)
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
+    ]
 
 
 def _type(name: str) -> str:
