@@ -26,16 +26,18 @@ import torch
 
 from benchmarks.cases import document_lengths
 from benchmarks.environment import environment
-from fm_longctx.kernels.hopper import backward, forward, launch
+from fm_longctx.kernels.hopper import backward, forward, launch, softmax
 from fm_longctx.mask import builders
 
 Changes = tuple[tuple[str, str], ...]
+# Where steps of a kernel stand that are in a file of their own: by the kernel's module.
+STEPS = {forward: softmax}
 # What of the forward's loop is left out. Its first and last tile are as they were.
 FORWARD: dict[str, Changes] = {
     "all": (),
     "no exponentials": (("p = gl.exp2(s * scale_log2 - ", "p = (s * scale_log2 - "),),
-    "anchors never rise": (("b_next = _raise_anchors(b_top, split_sum, S_ROW)", "b_next = b_top"),),
-    "no sums": (("b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay", "b_sum * split_decay, b_decay"),),
+    "anchors never rise": (("b_next = raise_anchors(b_top, split_sum, S_ROW)", "b_next = b_top"),),
+    "no sums": (("b_sum * split_decay + sum_in_thread(p, 64, BLOCK_N), b_decay", "b_sum * split_decay, b_decay"),),
     "no decay of O": (
         ("b_out = scale_rows(b_out, gl.convert_layout(b_decay, O_ROW))\n", "pass\n"),
         ("b_out = b_out * gl.expand_dims(gl.convert_layout(b_decay, O_ROW), 1)\n", "pass\n"),
@@ -129,14 +131,25 @@ def main() -> None:
 
 
 def variant(module: ModuleType, changes: Changes, folder: Path) -> ModuleType:
-    """The module with each text replaced wherever it stands; a text that is not there is a ValueError."""
-    assert module.__file__
-    source = Path(module.__file__).read_text()
+    """The module, and its steps, with each text replaced wherever it stands; one that is not there is a ValueError."""
+    source, steps = _source(module), _source(STEPS[module]) if module in STEPS else ""
     for old, new in changes:
-        if old not in source:
+        if old not in source + steps:
             raise ValueError(f"{module.__file__} has no {old!r} any more: change {__name__} along with the kernel")
-        source = source.replace(old, new)
+        source, steps = source.replace(old, new), steps.replace(old, new)
     name = f"variant_{len(list(folder.iterdir()))}"
+    if module in STEPS and steps != _source(STEPS[module]):
+        _load(f"{name}_steps", steps, folder)
+        source = source.replace(f"from {STEPS[module].__name__} import", f"from {name}_steps import")
+    return _load(name, source, folder)
+
+
+def _source(module: ModuleType) -> str:
+    assert module.__file__
+    return Path(module.__file__).read_text()
+
+
+def _load(name: str, source: str, folder: Path) -> ModuleType:
     (folder / f"{name}.py").write_text(source)
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec and spec.loader

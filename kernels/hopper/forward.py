@@ -5,7 +5,7 @@ consumers finish an item, the producer fetches Q, K and V of the next. It walks 
 tiles of K and V in flight, fetches the columns' interval bounds along with K if a tile is partial, and tells the
 consumers by a word in shared memory which tile that is. Each consumer issues S = Q K^T of tile j + 1 and O += P V of
 tile j together and does the softmax of tile j + 1 while the tensor cores finish the latter. What a row's exponentials
-are relative to is in most tiles not its maximum: `_softmax` says why that is right for any input, and which items are
+are relative to is in most tiles not its maximum: `softmax` says why that is right for any input, and which items are
 computed again.
 
 Source: FlashAttention-3 (arXiv 2407.08608), algorithm 2 (overlap within a warpgroup), over FlashMask's visible tiles.
@@ -33,9 +33,10 @@ from fm_longctx.kernels.hopper.primitives import (
     tma_stores_land,
     write_word,
 )
+from fm_longctx.kernels.hopper.softmax import anchors, raise_anchors, softmax, sum_in_thread
 
 # What the consumers are told of a tile: that it hides something; that no full tile was before it, so that there may be
-# rows that have seen no column; that the item is computed once more, with maxima (see `_softmax`).
+# rows that have seen no column; that the item is computed once more, with maxima (see `softmax`).
 PARTIAL = gl.constexpr(1)
 OPENING = gl.constexpr(2)
 AGAIN = gl.constexpr(4)
@@ -192,72 +193,6 @@ def _produce(
 
 
 @gluon.jit
-def _sum_in_thread(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """`[ROWS, COLUMNS]` to `[ROWS, 8]`: what a thread holds of a row is added up; its quad's four parts stay apart."""
-    return gl.sum(gl.reshape(p, [ROWS, COLUMNS // 8, 8]), 1)
-
-
-@gluon.jit
-def _anchors(s, b_top, scale_log2, STEADY: gl.constexpr, LAZY: gl.constexpr):
-    """New anchors by the maxima of s; if LAZY, only where p would exceed 256; if STEADY, in steps of 2^-12.
-
-    Orders can be added to such a number without rounding, and p of the maximum is still 1 in bfloat16. (From 2048 on,
-    where there are no such steps in float32, it is left as it is: rounding can then depend on the tiles visited.)
-    """
-    b_max = gl.max(s, 1) * scale_log2
-    if STEADY:
-        b_max = gl.where(gl.abs(b_max) < 2048.0, gl.floor(b_max * 4096.0) * (1.0 / 4096.0), b_max)
-    if LAZY:
-        return gl.where(b_max - b_top > 8.0, b_max, b_top)
-    return gl.maximum(b_top, b_max)
-
-
-@gluon.jit
-def _raise_anchors(b_top, b_sum, LAYOUT: gl.constexpr):
-    """Anchors for the next tile: where a sum has reached 2^24, so much higher that it is 1 to 2 in their units.
-
-    Where it has reached 2^100, NaN: the factor by which it would decay comes near to the least that there is.
-    """
-    b_sum = gl.convert_layout(gl.sum(b_sum, 1), LAYOUT)
-    orders = (b_sum.to(gl.int32, bitcast=True) >> 23) - 127
-    b_next = gl.where(orders >= 24, b_top + orders.to(gl.float32), b_top)
-    return gl.where(orders >= 100, float("nan"), b_next)
-
-
-@gluon.jit
-def _softmax(s, b_top, b_new, b_sum, scale_log2, BLOCK_N: gl.constexpr):
-    """p relative to the anchors b_new, the (split) sums relative to them, and the factor by which older results decay.
-
-    A row's anchor is what its p are relative to, in units of log2: p = 2^(s scale_log2 - anchor). Results do not depend
-    on it but by rounding, as long as p, the sums and O are numbers and do not vanish. The usual anchor, the maximum so
-    far, is one of many, and what it takes to know it, 64 comparisons of a thread and two exchanges within its quad
-    before the first exponential, is a tenth of a tile's time. The STEADY kernel does without:
-
-    - A row's first anchor is the maximum of the first tile in which it sees a column. A full tile shows every row a
-      column, so that this has to be looked for in the OPENING tiles only. A row that has seen none keeps -inf, p and
-      sum 0. So an anchor is at most the maximum so far or, once raised, log2 of the columns above it: p that count do
-      not vanish, since float32 and bfloat16 reach to 2^-126. float16 does not; it keeps the maxima.
-    - When the sum has reached 2^24, the anchor is raised by the sum's binary order, and O and the sum decay by as much.
-      That is one exchange a tile, and nothing waits for it before the next tile's exponentials.
-    - Within one tile p may outgrow that: the sum reaches 2^100 where a score is 50 to 70 above all that the row saw
-      before. Its anchor becomes NaN then, and so does what follows. O may overflow before, by large v. Consumers look
-      for what is no number when an item ends, and the producer has them compute the item AGAIN, with maxima in every
-      tile. So inf and NaN in the inputs lead to what they lead to with maxima.
-    - Which tiles are visited changes no bit: what is done to a row in a tile depends on that row alone. Where nothing
-      is visible, p is 0 and the anchor stays, unless it is about to be raised: which the next tile would do as well,
-      by as much, and the item's end. And an anchor's rises are whole numbers and exact (`_anchors`), so that decays are
-      powers of two, exact whenever they are applied.
-    """
-    # A row that has seen no column yet: any finite anchor, -inf would give NaN.
-    b_anchor = gl.where(b_new == float("-inf"), 0.0, b_new)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(b_anchor, 1))
-    # The difference first: an unchanged anchor decays by exactly 1, so a tile that is hidden changes no bit.
-    b_decay = gl.exp2(b_top - b_anchor)
-    split_decay = gl.expand_dims(gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout)), 1)
-    return p, b_sum * split_decay + _sum_in_thread(p, 64, BLOCK_N), b_decay
-
-
-@gluon.jit
 def _consume(
     w: gl.constexpr,
     INTERVALS: gl.constexpr,
@@ -316,7 +251,7 @@ def _consume(
         b_top = gl.full([64], float("-inf"), gl.float32, S_ROW)
         b_out = gl.full([64, D_V], 0.0, gl.float32, O)
         b_next = b_top
-        split_sum = _sum_in_thread(blank, 64, BLOCK_N)
+        split_sum = sum_in_thread(blank, 64, BLOCK_N)
         if Q_IN_REGISTERS:
             # Read once instead of by every S = Q K^T: shared memory is what the products share with the copies.
             q = q_s.index(w).reshape([64, D]).load(gl.DotOperandLayout(0, S, 2))
@@ -336,8 +271,8 @@ def _consume(
                 n0 = (word >> 3) * BLOCK_N
                 s = hide_rows(s, o_m, m_w, n0, n_q, n_k, bounds_s.index(stage), BLOCK_N, S, CAUSAL, INTERVALS)
             mbarrier.arrive(empty.index(stage), count=1)
-            b_next = _anchors(s, b_top, scale_log2, STEADY, LAZY=False)
-            p, split_sum, b_decay = _softmax(s, b_top, b_next, split_sum, scale_log2, BLOCK_N)
+            b_next = anchors(s, b_top, scale_log2, STEADY, LAZY=False)
+            p, split_sum, b_decay = softmax(s, b_top, b_next, split_sum, scale_log2, BLOCK_N)
             b_top = b_next
             p = gl.convert_layout(p.to(dtype), P)
             i += 1
@@ -359,15 +294,15 @@ def _consume(
                     if STEADY:  # noqa: SIM102
                         if word & (OPENING | AGAIN):
                             follow = (b_top == float("-inf")) | ((word & AGAIN) != 0)
-                            b_next = gl.where(follow, _anchors(s, b_next, scale_log2, STEADY, LAZY=False), b_next)
+                            b_next = gl.where(follow, anchors(s, b_next, scale_log2, STEADY, LAZY=False), b_next)
                 if not STEADY:
-                    b_next = _anchors(s, b_top, scale_log2, STEADY, LAZY)
-                p32, split_sum, b_decay = _softmax(s, b_top, b_next, split_sum, scale_log2, BLOCK_N)
+                    b_next = anchors(s, b_top, scale_log2, STEADY, LAZY)
+                p32, split_sum, b_decay = softmax(s, b_top, b_next, split_sum, scale_log2, BLOCK_N)
                 b_top = b_next
                 if STEADY:
                     # Here, not where it is used: an exchange between threads, which ptxas does not move over what ends
                     # a basic block, and so keeps all that it depends on before the wait for P V.
-                    b_next = _raise_anchors(b_top, split_sum, S_ROW)
+                    b_next = raise_anchors(b_top, split_sum, S_ROW)
                 p16 = p32.to(dtype)
                 # Long complete. But waiting is a loop, which ends the basic block, and that keeps ptxas from hoisting
                 # the wait for P V above the softmax that is to hide it.

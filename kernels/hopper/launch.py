@@ -46,8 +46,8 @@ class Config(NamedTuple):
     """If not `steady`: the most intervals of a mask for which O is scaled behind a branch. With more, ptxas moves the
     wait for P V above the softmax (D 128), or it gained nothing (D 64), or it was not measured (D 256)."""
     steady: bool = False
-    """Full tiles are computed without their maxima, and O is scaled behind a branch: with bfloat16 (`_softmax` of the
-    forward says why not with float16). With two consumers it gained nothing at D 64; not measured at D 256."""
+    """Full tiles are computed without their maxima, and O is scaled behind a branch: with bfloat16 (softmax.py says why
+    not with float16). With two consumers it gained nothing at D 64; not measured at D 256."""
     consumers: int = 2
     """Warpgroups of 64 rows each."""
 
