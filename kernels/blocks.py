@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 
 class Block(NamedTuple):
     m: int
@@ -124,6 +126,14 @@ def choose(
     if architecture == 90 and padded in _HOPPER:
         return _HOPPER[padded][_lists(intervals, causal, columns >= _LONG[padded])]
     return _HALF[architecture, padded]
+
+
+def steady(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the forward does without maxima (`forward._walk`); head_dim as in `choose`.
+
+    float16 has no room for what is far from its anchor. At D 256 there are no registers for two walks.
+    """
+    return dtype == torch.bfloat16 and head_dim <= 128
 
 
 def _lists(intervals: int, causal: bool, long: bool) -> str:

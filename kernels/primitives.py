@@ -157,6 +157,7 @@ def hide(
 def hide_once(
     x, o_m, o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0,
     HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, REGISTERS: tl.constexpr,
+    BY_ROW: tl.constexpr = False,
 ):  # fmt: skip
     """`hide` for a tile that is wanted as it is and as an operand, which is taken from REGISTERS or not.
 
@@ -168,13 +169,13 @@ def hide_once(
         while turns > 0:
             x = hide(
                 x, o_m, o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0, HIDDEN, CAUSAL, INTERVALS,
-                False, False,
+                False, BY_ROW,
             )  # fmt: skip
             turns -= 1
     else:
         x = hide(
             x, o_m, o_n, diagonal, bounds, p_bounds, stride_bi, n_q, n_k, intervals, n0, HIDDEN, CAUSAL, INTERVALS,
-            False, False,
+            False, BY_ROW,
         )  # fmt: skip
     return x
 

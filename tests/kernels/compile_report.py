@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from fm_longctx.kernels import schedule
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
-from fm_longctx.kernels.blocks import Block, choose
+from fm_longctx.kernels.blocks import Block, choose, steady
 from fm_longctx.kernels.delta import delta_kernel
 from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
@@ -111,6 +111,8 @@ def portable(
     constants |= dict(BLOCK_M=block.m, BLOCK_N=block.n, EVEN=EVEN or block.tma, UPCAST=False, TMA=block.tma)
     if kind != "key":
         constants |= dict(LATE=block.late)
+    if kind == "forward":
+        constants |= dict(STEADY=steady({"fp32": torch.float32, "fp16": torch.float16}.get(dtype, torch.bfloat16), d))
     options: dict[str, Any] = dict(num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers)
     names = ("p_q", "q", "p_k", "k", "p_v", "v", "p_out", "p_dout", "dout", "p_dq", "p_dk", "p_dv")
     types = {name: f"*{dtype}" for name in names} | {"stats": "*fp32"}
