@@ -68,6 +68,7 @@ SPILLS = {
     "key-bf16-90-128-1-1-131072": 148,
     "key-bf16-90-128-3": 100,
     "key-bf16-100-64-1": 8,
+    "forward-bf16-100-128-1": 12,
     "forward-fp32-90-64-1": 24,
     "key-fp32-90-256-1": 152,
     # Of three schedules at once: sizes and addresses. More registers are slower. The more of Triton 3.6.0 and 3.7.1.
