@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 
 class Block(NamedTuple):
     m: int
@@ -17,6 +15,8 @@ class Block(NamedTuple):
     registers while full tiles go by. Forward and dQ."""
     registers: int | None = None
     """The most that a thread may have, so that one more block fits an SM."""
+    steady: bool = False
+    """The forward does without maxima (`forward._walk`)."""
 
 
 class Blocks(NamedTuple):
@@ -100,6 +100,18 @@ _HOPPER = {
         "more": Blocks(Block(64, 64, 4, 3, True), Block(64, 64, 4, 2, True, late=True), Block(64, 64, 4, 2, True)),
     },
 }
+# Forward blocks without maxima, of the same GPUs in bfloat16, where they are faster; elsewhere those above. At D 64 one
+# interval and a diagonal keep the maxima: windows gain 9%, but random eviction, all partial tiles, loses 14%. At D 128
+# 64 rows, two blocks an SM, are now faster than 128 on long lists too, and bounds better read early.
+_STEADY = {
+    64: {
+        kind: _HOPPER[64][kind].forward._replace(steady=True)
+        for kind in ("full", "causal", "one side", "two", "two, long")
+    },
+    128: dict.fromkeys(
+        ("causal", "one side", "one", "one, long", "two", "two, long"), Block(64, 64, 4, 3, True, steady=True)
+    ),
+}
 # Tokens from which documents and windows are taken to be long, by head dimension: a tile of D 64 is half the work.
 _LONG = {64: 32768, 128: 65536}
 # float32 products run on the plain arithmetic units; any architecture.
@@ -113,27 +125,29 @@ _INTERPRETED = Blocks(Block(32, 32, 1, 1), Block(32, 32, 1, 1), Block(32, 32, 1,
 
 
 def choose(
-    capability: tuple[int, int] | None, element_size: int, head_dim: int, intervals: int, causal: bool, columns: int
+    capability: tuple[int, int] | None,
+    element_size: int,
+    head_dim: int,
+    intervals: int,
+    causal: bool,
+    columns: int,
+    bfloat16: bool = True,
 ) -> Blocks:
     """Blocks for a compute capability (None: interpreted), bytes an element, the larger of D and D_v, and what is known
-    of a mask without looking at its intervals: how many there are a column, the diagonal, the columns."""
+    of a mask without looking at its intervals: how many there are a column, the diagonal, the columns; and whether
+    elements of 2 bytes are bfloat16: float16 has no room for what is far from its anchor, and keeps the maxima."""
     if capability is None:
-        return _INTERPRETED
+        steady = bfloat16 and element_size == 2
+        return _INTERPRETED._replace(forward=_INTERPRETED.forward._replace(steady=steady))
     padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if element_size == 4:
         return _FULL[padded]
     architecture = 100 if capability >= (10, 0) else 90 if capability >= (9, 0) else 80
     if architecture == 90 and padded in _HOPPER:
-        return _HOPPER[padded][_lists(intervals, causal, columns >= _LONG[padded])]
+        lists = _lists(intervals, causal, columns >= _LONG[padded])
+        blocks = _HOPPER[padded][lists]
+        return blocks._replace(forward=_STEADY[padded].get(lists, blocks.forward)) if bfloat16 else blocks
     return _HALF[architecture, padded]
-
-
-def steady(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the forward does without maxima (`forward._walk`); head_dim as in `choose`.
-
-    float16 has no room for what is far from its anchor. At D 256 there are no registers for two walks.
-    """
-    return dtype == torch.bfloat16 and head_dim <= 128
 
 
 def _lists(intervals: int, causal: bool, long: bool) -> str:

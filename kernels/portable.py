@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
-from fm_longctx.kernels.blocks import Block, Blocks, choose, steady
+from fm_longctx.kernels.blocks import Block, Blocks, choose
 from fm_longctx.kernels.delta import compute_delta as compute_delta
 from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.schedule import TileRuns, all_tile_runs, tile_runs
@@ -96,7 +96,7 @@ def forward(
             EVEN=block.tma or k.shape[1] % block.n == 0,
             TMA=block.tma,
             LATE=block.late,
-            STEADY=steady(q.dtype, max(q.shape[3], v.shape[3])),
+            STEADY=block.steady,
             num_warps=block.warps,
             num_stages=block.stages,
             maxnreg=block.registers,
@@ -232,7 +232,8 @@ def key_gradients(
 def _blocks(q: Tensor, v: Tensor, mask: FlashMask) -> Blocks:
     shape = mask.num_intervals, mask.causal, mask.num_columns
     capability = None if _INTERPRETED else torch.cuda.get_device_capability(q.device)
-    return choose(capability, q.element_size(), max(q.shape[-1], v.shape[-1]), *shape)
+    head_dim = max(q.shape[-1], v.shape[-1])
+    return choose(capability, q.element_size(), head_dim, *shape, q.dtype == torch.bfloat16)
 
 
 def _fetching(block: Block, *tensors: Tensor) -> Block:

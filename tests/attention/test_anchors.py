@@ -11,7 +11,7 @@ import torch
 
 from fm_longctx import flashmask_attention
 from fm_longctx.kernels import portable
-from fm_longctx.kernels.blocks import steady
+from fm_longctx.kernels.blocks import choose
 from fm_longctx.mask import builders
 from tests.attention.oracle import DEVICE, dense_attention, random_inputs, visit_every_tile
 
@@ -57,7 +57,7 @@ def attend(q, k, v, mask):
 
 def with_maxima(monkeypatch, *arguments):
     with monkeypatch.context() as patch:
-        patch.setattr(portable, "steady", lambda *_: False)
+        patch.setattr(portable, "choose", lambda *known: choose(*known[:-1], False))
         return attend(*arguments)
 
 
@@ -150,6 +150,8 @@ def test_values_that_leave_no_room_for_large_p():
 
 @pytest.mark.parametrize("by", [30.0] if INTERPRETED else [5.0, 30.0, 200.0])
 def test_float16_keeps_its_maxima(by):
-    assert steady(torch.bfloat16, DIMENSIONS[0]) and not steady(torch.float16, DIMENSIONS[0])
+    for capability, d in ((None, 32), ((9, 0), 64), ((9, 0), 128)):
+        assert choose(capability, 2, d, 0, True, N, True).forward.steady
+        assert not choose(capability, 2, d, 0, True, N, False).forward.steady
     for shape in ("sunken", "peaks"):
         compare(*inputs_of(HEIGHTS[shape](by), dtype=torch.float16), MASKS["causal"])

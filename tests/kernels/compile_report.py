@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from fm_longctx.kernels import schedule
 from fm_longctx.kernels.backward import backward_kv_kernel, backward_q_kernel
-from fm_longctx.kernels.blocks import Block, choose, steady
+from fm_longctx.kernels.blocks import Block, choose
 from fm_longctx.kernels.delta import delta_kernel
 from fm_longctx.kernels.forward import forward_kernel
 from fm_longctx.kernels.hopper import backward as hopper_backward_kernels
@@ -98,7 +98,9 @@ def block_of(
     kind: str, dtype: str, capability: int, d: int, intervals: int, causal: int = 1, columns: int = 8192
 ) -> Block:
     """The shipped block of a kernel: `forward`, `query` or `key`."""
-    blocks = choose(divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals, bool(causal), columns)
+    blocks = choose(
+        divmod(capability, 10), 4 if dtype == "fp32" else 2, d, intervals, bool(causal), columns, dtype == "bf16"
+    )
     return getattr(blocks, kind)
 
 
@@ -112,7 +114,7 @@ def portable(
     if kind != "key":
         constants |= dict(LATE=block.late)
     if kind == "forward":
-        constants |= dict(STEADY=steady({"fp32": torch.float32, "fp16": torch.float16}.get(dtype, torch.bfloat16), d))
+        constants |= dict(STEADY=block.steady)
     options: dict[str, Any] = dict(num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers)
     names = ("p_q", "q", "p_k", "k", "p_v", "v", "p_out", "p_dout", "dout", "p_dq", "p_dk", "p_dv")
     types = {name: f"*{dtype}" for name in names} | {"stats": "*fp32"}

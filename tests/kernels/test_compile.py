@@ -68,7 +68,6 @@ SPILLS = {
     "key-bf16-90-128-1-1-131072": 148,
     "key-bf16-90-128-3": 100,
     "key-bf16-100-64-1": 8,
-    "forward-bf16-100-128-1": 12,
     "forward-fp32-90-64-1": 24,
     "key-fp32-90-256-1": 152,
     # Of three schedules at once: sizes and addresses. More registers are slower. The more of Triton 3.6.0 and 3.7.1.
@@ -191,7 +190,7 @@ def test_full_tiles_do_not_do_what_partial_ones_must(name, reports):
     # walk without maxima and in the one with them. The rest is of the softmax. And what keeps the branch may not keep
     # the loop from being pipelined.
     assert reports[name]["selects"] <= 280
-    assert reports[name]["shared"] >= {"64": 65_536, "128": 229_432}[name.split("-")[3]]
+    assert reports[name]["shared"] >= {"64": 65_536, "128": 114_688}[name.split("-")[3]]
 
 
 @pytest.mark.parametrize("name", [f"key-bf16-90-{d}-1" for d in (64, 128)])
