@@ -252,6 +252,7 @@ def _consume(
         b_out = gl.full([64, D_V], 0.0, gl.float32, O)
         b_next = b_top
         split_sum = sum_in_thread(blank, 64, BLOCK_N)
+        word = 3  # PARTIAL, OPENING
         if Q_IN_REGISTERS:
             # Read once instead of by every S = Q K^T: shared memory is what the products share with the copies.
             q = q_s.index(w).reshape([64, D]).load(gl.DotOperandLayout(0, S, 2))
@@ -331,7 +332,11 @@ def _consume(
         if STEADY:
             # Not a number: the item is computed again.
             failed = gl.convert_layout(gl.sum(b_out * 0.0, 1), S_ROW) + b_sum * 0.0 != 0.0
-            failed_s.index(CONSUMERS * turn + w).store((failed | (b_next != b_next)).to(gl.int32))
+            failed = failed | (b_next != b_next)
+            if word & (PARTIAL | OPENING) != 3:
+                # After a full tile a row without an anchor saw nothing but -inf there: later p may have vanished.
+                failed = failed | (b_top == float("-inf"))
+            failed_s.index(CONSUMERS * turn + w).store(failed.to(gl.int32))
             # As a hidden tile would do, for one may have been visited or not.
             rises = b_next > b_top
             b_decay = gl.where(rises, gl.exp2(b_top - b_next), 1.0)

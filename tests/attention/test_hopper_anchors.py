@@ -165,3 +165,20 @@ def test_values_that_leave_no_room_for_large_p():
     visible = builders.causal(N).to(DEVICE).to_dense()
     exact, _ = dense_attention(q.double(), k.double(), large.double(), visible, 1 / math.sqrt(D))
     assert (out.double() - exact).abs().max() <= 0.05 * 2.0**70
+
+
+@pytest.mark.parametrize("d", [64, D])
+def test_rows_whose_first_scores_are_infinitely_low(d):
+    """A full tile of -inf gives no anchor; what follows is far below the 0 that stands for it until then."""
+    q, k, v = inputs_of(-250.0 * torch.ones(N), d=d)
+    begin = 256
+    k[:, :begin] = -3e38
+    q = q * 8
+    for mask in (MASKS["full"].to(DEVICE), MASKS["causal"].to(DEVICE)):
+        out, lse = attend(q, k, v, mask)
+        wanted, wanted_lse = dense_attention(
+            q.double(), k.double()[:, begin:], v.double()[:, begin:], mask.to_dense()[..., begin:], 1 / math.sqrt(d)
+        )
+        seen = wanted_lse > float("-inf")
+        assert seen.any() and torch.equal(lse > float("-inf"), seen)
+        assert (lse - wanted_lse)[seen].abs().max() <= 0.2 and (out - wanted).abs().max() <= 0.05
