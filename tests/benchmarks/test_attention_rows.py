@@ -170,6 +170,8 @@ def test_targets():
     table = targets_table([*ours, *flex])
     assert "| triton | forward over flex, 2 of 72 cells: least | >= 1 | 1.01 | so far |" in table
     assert "| triton | backward over flex, 2 of 72 cells: least | >= 1 | 0.90 | no |" in table
+    other = [x | {"d": 256} for x in (row("triton", "c", forward_ms=2.0), row("flex", "c", forward_ms=1.0))]
+    assert targets_table([*ours, *flex, *other]) == table
 
 
 def test_targets_of_the_schedule():
