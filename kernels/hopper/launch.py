@@ -27,7 +27,7 @@ from fm_longctx.mask import FlashMask
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 MAX_INTERVALS = 3
-# Gluon is experimental: it changes between Triton releases. With these the GPU tests have passed on an H100: 3.6.0, 3.7.1.
+# Gluon is experimental: it changes between Triton releases. The GPU tests have passed on an H100 with 3.6.0 and 3.7.1.
 TRITON_VERSIONS = ("3.6", "3.7")
 # The rows of a block of the pass that computes dQ alone.
 BLOCK_M = 128
