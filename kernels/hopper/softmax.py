@@ -52,7 +52,8 @@ def softmax(s, b_top, b_new, b_sum, scale_log2, BLOCK_N: gl.constexpr):
     - A row's first anchor is the maximum of the first tile in which it sees a column. A full tile shows every row a
       column, so that this has to be looked for in the OPENING tiles only. A row that has seen none keeps -inf, p and
       sum 0. So an anchor is at most the maximum so far or, once raised, log2 of the columns above it: p that count do
-      not vanish, since float32 and bfloat16 reach to 2^-126. float16 does not; it keeps the maxima.
+      not vanish, since float32 and bfloat16 reach to 2^-126. float16 does not; it keeps the maxima. But a full tile may
+      show a row nothing but scores of -inf: an item with such a row is computed AGAIN, as below.
     - When the sum has reached 2^24, the anchor is raised by the sum's binary order, and O and the sum decay by as much.
       That is one exchange a tile, and nothing waits for it before the next tile's exponentials.
     - Within one tile p may outgrow that: the sum reaches 2^100 where a score is 50 to 70 above all that the row saw

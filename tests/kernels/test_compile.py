@@ -189,8 +189,9 @@ def test_full_tiles_do_not_do_what_partial_ones_must(name, reports):
     # A select for each score of a thread hides it, and no other chooses between hidden and not: 64 a thread, in the
     # walk without maxima and in the one with them. The rest is of the softmax. And what keeps the branch may not keep
     # the loop from being pipelined.
-    assert reports[name]["selects"] <= 280
-    assert reports[name]["shared"] >= {"64": 65_536, "128": 114_688}[name.split("-")[3]]
+    selects, shared = {"64": (280, 65_536), "128": (150, 114_688)}[name.split("-")[3]]
+    assert reports[name]["selects"] <= selects
+    assert reports[name]["shared"] >= shared
 
 
 @pytest.mark.parametrize("name", [f"key-bf16-90-{d}-1" for d in (64, 128)])
